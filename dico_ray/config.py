@@ -1,0 +1,389 @@
+"""Every setting of dico-ray: typed, validated, with one home for each default.
+
+The head node of a cluster validates a run with this module alone: it imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: the value, the rule, the setting to change."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One size of the DiCo family (arXiv 2505.11196, table of model configurations)."""
+
+    hidden_size: int
+    depths: tuple[int, int, int, int, int]
+    ffn_ratio: int
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "DiCo-S":    Architecture(128, (5, 4, 4, 4, 4), 2),
+    "DiCo-B":    Architecture(256, (5, 4, 4, 4, 4), 2),
+    "DiCo-L":    Architecture(352, (9, 8, 9, 8, 9), 2),
+    "DiCo-XL":   Architecture(416, (9, 9, 10, 9, 9), 2),
+    "DiCo-H":    Architecture(416, (14, 12, 10, 12, 14), 4),
+    "DiCo-tiny": Architecture(64, (2, 2, 2, 2, 2), 2),
+}  # fmt: skip
+
+Depths = tuple[int, int, int, int, int]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Timestep = Annotated[int, Field(ge=0, le=999)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """Where a run lives, and the seed that everything in it follows from."""
+
+    name: str = Field("dico", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    "Name of the run. The same storage and name again: the run continues where it stood."
+    storage: str = "runs"
+    "Folder or object-store URL that holds runs; this run's files are in STORAGE/NAME."
+    seed: int = Field(0, ge=0, lt=2**63)
+    "Seed of sample order, timesteps, noise, label drops, initial weights. With it a run is repeatable."
+
+    @property
+    def folder(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+
+class Model(Section):
+    """The network: a row of the DiCo family, or sizes of your own."""
+
+    name: str = "DiCo-S"
+    "Row of the family: DiCo-S, DiCo-B, DiCo-L, DiCo-XL, DiCo-H or DiCo-tiny."
+    hidden_size: int | None = Field(None, ge=4)
+    "Width of the first stage, instead of the row's (an even number)."
+    depths: Depths | None = None
+    "Blocks of the five stages, instead of the row's."
+    ffn_ratio: int | None = Field(None, ge=1)
+    "Width of the feed-forward half over the stage's width, instead of the row's."
+    num_classes: int = Field(1000, ge=1)
+    "Number of classes; the label num_classes itself is the null label of guidance."
+    in_channels: int = Field(4, ge=1)
+    "Channels of a latent."
+    latent_size: int = Field(32, ge=4, multiple_of=4)
+    "Height and width of a latent (image size over the autoencoder's factor); a multiple of 4."
+
+    @model_validator(mode="after")
+    def _known(self) -> Model:
+        if self.name not in ARCHITECTURES:
+            raise ValueError(f"model.name: {self.name!r} is unknown; take one of {', '.join(ARCHITECTURES)}")
+        if self.architecture.hidden_size % 2:
+            raise ValueError(f"model.hidden_size: {self.hidden_size} is odd; take an even number")
+        if min(self.architecture.depths) < 1:
+            raise ValueError(f"model.depths: {self.depths}: every stage needs at least one block")
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """The named row with this config's own sizes in place of the row's."""
+        row = ARCHITECTURES[self.name]
+        return Architecture(
+            self.hidden_size or row.hidden_size,
+            self.depths or row.depths,
+            self.ffn_ratio or row.ffn_ratio,
+        )
+
+
+class Codec(Section):
+    """The autoencoder between pixels and latents."""
+
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    "A diffusers AutoencoderKL: a local folder or a hub id."
+    precision: Literal["fp32", "bf16"] = "fp32"
+    "Arithmetic of encoding and decoding."
+
+
+class Data(Section):
+    """The latent shards that training reads, and how their order is shuffled."""
+
+    latents: str = "latents"
+    "Folder or URL of the latent shards (the one with manifest.json): written by encode, read by train."
+    window_samples: int = Field(8192, ge=1)
+    "Samples shuffled one by one at a time; rounded up to whole global batches. More: better mixing, more memory."
+    read_tasks: int = Field(4, ge=1)
+    "Windows that are read at the same time, ahead of training."
+
+
+class Encode(Section):
+    """images -> latent shards."""
+
+    images: str = ""
+    "Folder of images with one subfolder per class (sorted names give labels 0, 1, ...)."
+    image_size: int = Field(256, ge=8)
+    "Images are centre-cropped and scaled to this height and width (ADM's way)."
+    batch_size: int = Field(32, ge=1)
+    "Images an actor encodes at a time (each gives two latents: plain and mirrored)."
+    shard_samples: int = Field(4096, ge=1)
+    "Samples of a shard."
+    chunk_bytes: int = Field(4 * 2**20, ge=4096)
+    "Size of the unit that is read, checked by hash and shuffled as one: about one range request."
+    sample_posterior: bool = True
+    "Draw from the autoencoder's posterior (as the released features do), not take its mean."
+
+
+class Train(Section):
+    """latent shards -> checkpoints with EMA weights."""
+
+    steps: int = Field(400_000, ge=1)
+    "Optimizer steps of the whole run."
+    global_batch: int = Field(256, ge=1)
+    "Samples of one optimizer step, over all workers."
+    micro_batch: int | None = Field(None, ge=1)
+    "Samples of one forward pass on one worker; gradients accumulate to the global batch. Unset: no accumulation."
+    num_workers: int = Field(1, ge=1)
+    "Training workers (one GPU each, where there are GPUs)."
+    lr: float = Field(1e-4, gt=0)
+    "Learning rate of AdamW, constant after the warm-up."
+    warmup_steps: int = Field(0, ge=0)
+    "Steps over which the learning rate rises linearly from zero."
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    "AdamW's decay of first and second moments."
+    weight_decay: float = Field(0.0, ge=0)
+    "AdamW's decoupled weight decay."
+    grad_clip: float = Field(0.0, ge=0)
+    "Gradients with a larger norm are scaled down to it; 0 leaves them alone."
+    label_drop: Probability = 0.1
+    "Share of samples trained with the null label, for classifier-free guidance."
+    flip: bool = True
+    "Mirror every second sample (by a seeded coin), from the mirrored image's own latent."
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    "Decay of the exponential moving average of the weights, kept in fp32."
+    precision: Literal["fp32", "bf16"] = "bf16"
+    "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are sharded over the workers."
+    checkpoint_every: int = Field(10_000, ge=1)
+    "Steps between checkpoints; the last step always has one."
+    keep_checkpoints: int = Field(2, ge=1)
+    "Committed checkpoints that stay; older ones are removed."
+    log_every: int = Field(100, ge=1)
+    "Steps between logged metrics (the logged loss is the mean over these steps)."
+    max_failures: int = Field(3, ge=0)
+    "Worker failures after which Ray Train gives up; each restart continues at the last checkpoint."
+    data_timeout_s: float = Field(300.0, gt=0)
+    "Seconds without a batch after which training stops and says why, instead of waiting for ever."
+
+
+class Sample(Section):
+    """checkpoint -> images."""
+
+    checkpoint: str = "last"
+    "'last' (of this run), or the folder or URL of one checkpoint."
+    weights: Literal["ema", "model"] = "ema"
+    "Which of the checkpoint's weights generate."
+    count: int = Field(64, ge=1)
+    "Number of images."
+    steps: int = Field(250, ge=2, le=1000)
+    "Steps of the sampler."
+    method: Literal["ddpm", "ddim"] = "ddpm"
+    "ADM's respaced ancestral sampler, or DDIM with eta 0."
+    guidance_scale: float = Field(1.0, ge=0)
+    "Classifier-free guidance u + scale (c - u); 1 is none."
+    guidance_channels: Literal["3", "all"] = "3"
+    "Latent channels that guidance acts on: the first three (the published FIDs) or all (diffusers)."
+    guidance_interval: tuple[Timestep, Timestep] | None = None
+    "Guide only between these timesteps (lowest, highest), as [lo, hi]. Unset: always."
+    labels: Literal["balanced", "random"] = "balanced"
+    "Label of image i: i modulo the classes, or a seeded uniform draw."
+    seed: int = Field(0, ge=0, lt=2**63)
+    "Image i is a function of (seed, i) alone, whatever the batch size and the pool."
+    batch_size: int = Field(32, ge=1)
+    "Images an actor generates at a time."
+    precision: Literal["fp32", "bf16"] = "fp32"
+    "Arithmetic of the network."
+    output: str = ""
+    "Folder for the images; unset: samples/ in the run's folder."
+    grid_rows: int = Field(8, ge=1)
+    "Rows of the grid picture; a column per class, up to ten."
+
+    @model_validator(mode="after")
+    def _interval(self) -> Sample:
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"sample.guidance_interval: {list(self.guidance_interval)} must be [lowest, highest]")
+        return self
+
+
+class Evaluate(Section):
+    """images -> Frechet distance to a reference."""
+
+    images: str = ""
+    "Folder of images to judge, with one subfolder per class; unset: the run's samples."
+    reference: str = ""
+    "Folder of real images, with one subfolder per class."
+    features: str = ""
+    "The feature network: a classifier's .safetensors file."
+    judge: str = ""
+    "A second classifier (.safetensors) that tells how often an image is read as its class; unset: no such rate."
+    batch_size: int = Field(64, ge=1)
+    "Images an actor judges at a time."
+    output: str = ""
+    "File for the result; unset: evaluation.json in the run's folder."
+
+
+class Resources(Section):
+    """What a run may take from the Ray cluster."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    "Where networks run. auto: on GPUs if the cluster has any."
+    worker_cpus: float = Field(1.0, gt=0)
+    "CPUs that Ray reserves for each training worker."
+    actors: int = Field(1, ge=1)
+    "Size of the pool that encodes, samples or evaluates."
+    actor_cpus: float = Field(1.0, gt=0)
+    "CPUs that Ray reserves for each actor of the pool."
+    threads: int | None = Field(None, ge=1)
+    "Arithmetic threads of a CPU worker or actor. Unset: as many as its CPUs."
+
+
+SECTION_NAMES = ("run", "model", "codec", "data", "encode", "train", "sample", "evaluate", "resources")
+
+
+class Config(Section):
+    """The whole of a run's settings."""
+
+    recipe: str = ""
+    "Name of the recipe that the settings started from."
+    run: Run = Run()  # pyright: ignore[reportCallIssue]
+    model: Model = Model()  # pyright: ignore[reportCallIssue]
+    codec: Codec = Codec()
+    data: Data = Data()  # pyright: ignore[reportCallIssue]
+    encode: Encode = Encode()  # pyright: ignore[reportCallIssue]
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
+    sample: Sample = Sample()  # pyright: ignore[reportCallIssue]
+    evaluate: Evaluate = Evaluate()  # pyright: ignore[reportCallIssue]
+    resources: Resources = Resources()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        train = self.train
+        if train.global_batch % train.num_workers:
+            raise ValueError(
+                f"train.global_batch: {train.global_batch} does not divide among train.num_workers = "
+                f"{train.num_workers}; take a multiple of it, or {_divisor_hint(train.global_batch)} workers"
+            )
+        share = train.global_batch // train.num_workers
+        if train.micro_batch and share % train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch: {train.micro_batch} does not divide a worker's {share} samples of a step "
+                f"(train.global_batch / train.num_workers); take {_divisor_hint(share)}"
+            )
+        if train.warmup_steps >= train.steps:
+            raise ValueError(
+                f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved settings, as a file that `--config` takes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _divisor_hint(number: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, divisors[:-1])) + (" or " if len(divisors) > 1 else "") + str(divisors[-1])
+
+
+class Field_(NamedTuple):
+    """One leaf of the config tree, for the command line's help and the name checks."""
+
+    path: str
+    default: Any
+    annotation: Any
+    doc: str
+
+
+def fields(section: str) -> list[Field_]:
+    """The settings of one section, with the text that stands under each."""
+    model = Config.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, Section)
+    docs = _field_docs()[model.__name__]
+    return [
+        Field_(f"{section}.{name}", info.default, info.annotation, docs[name])
+        for name, info in model.model_fields.items()
+    ]
+
+
+def _field_docs() -> dict[str, dict[str, str]]:
+    """The string below each field, by class and field (Python keeps no such docstring at run time)."""
+    import ast
+
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            texts = docs.setdefault(node.name, {})
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
+                    texts[field.target.id] = str(text.value.value)
+    return docs
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings `over` laid on `base`; neither is changed."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def build(settings: dict[str, Any]) -> Config:
+    """Nested settings -> Config.
+
+    Raises ConfigError, one line, for an unknown key, a wrong value or settings that contradict each other.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{path} is not a setting{nearest(path)}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{path}: {first['input']!r}: {message}; change {path}"
+
+
+def nearest(path: str) -> str:
+    """`; did you mean X?` for a setting's name that does not exist, or an empty string."""
+    known = [field.path for section in SECTION_NAMES for field in fields(section)]
+    close = difflib.get_close_matches(path, known, n=1) or difflib.get_close_matches(
+        path.split(".")[-1], [name.split(".")[-1] for name in known], n=1
+    )
+    if not close:
+        return "; see `dico-ray train --help` for all of them"
+    name = close[0] if "." in close[0] else next(k for k in known if k.endswith("." + close[0]))
+    return f"; did you mean {name}?"
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file's settings. Raises ConfigError for a missing file, bad YAML, or no mapping at the top."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that exists") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path}: must hold `section: {{setting: value}}`, not {settings!r}")
+    return settings

@@ -1,0 +1,68 @@
+"""The autoencoder between pixels and latents, a real diffusers `AutoencoderKL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from dico_ray.config import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Autoencoder:
+    """uint8 pixels (B, H, W, 3) <-> scaled latents (B, C, H/f, W/f) of about unit variance.
+
+    The scale is the autoencoder's own `scaling_factor` (0.18215 for Stable Diffusion's).
+    """
+
+    def __init__(self, path: str, precision: str, device: torch.device) -> None:
+        """path: a folder or a hub id. Raises ConfigError if nothing loads from it, or a local folder is absent."""
+        from diffusers import AutoencoderKL
+
+        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+            raise ConfigError(f"codec.vae: {path} is not a folder; name a diffusers AutoencoderKL folder or a hub id")
+        try:
+            vae = AutoencoderKL.from_pretrained(path, torch_dtype=_DTYPES[precision])
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"codec.vae: cannot load an AutoencoderKL from {path!r}: {reason}") from None
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._device, self._dtype = device, _DTYPES[precision]
+        self.scale = float(vae.config["scaling_factor"])
+        self.channels = int(vae.config["latent_channels"])
+        self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.path = path
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest or result says of the codec; the hash is of all weights."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self._vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.float().cpu().contiguous().numpy())
+        return {"vae": self.path, "hash": digest.hexdigest(), "scale": self.scale, "factor": self.factor}
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray, noise: Tensor | None) -> np.ndarray:
+        """uint8 pixels [0, 255] (B, H, W, 3) -> scaled latents (B, C, H/f, W/f) float32.
+
+        noise: standard normal of the latents' shape draws from the posterior; None takes its mean.
+        """
+        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
+        posterior = self._vae.encode(images).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        latents = posterior.mean.float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(self._device)
+        return (latents * self.scale).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are."""
+        images = self._vae.decode(latents.to(self._device, self._dtype) / self.scale).sample
+        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
