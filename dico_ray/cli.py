@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dico_ray.config import SECTION_NAMES, Config, ConfigError, fields, nearest
+from dico_ray.config import SECTION_NAMES, Config, ConfigError, UserError, fields, nearest
 from dico_ray.recipes import RECIPES, resolve
 
 #         verb:      (module,                  what it does,                            the sections it reads)
@@ -120,6 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
         importlib.import_module(VERBS[words[0]][0]).main(config, verbose=verbose)
     except ConfigError as error:
         _fail(str(error))
+    except UserError as error:
+        print(f"dico-ray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dico-ray: interrupted; the same command continues from what is finished", file=sys.stderr)
+        return 130
     return 0
 
 

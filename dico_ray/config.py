@@ -6,15 +6,20 @@ The head node of a cluster validates a run with this module alone: it imports ne
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """A failure that its own message explains in full: the command line prints that line and nothing else."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work. The message is one line: the value, the rule, the setting to change."""
 
 
@@ -37,12 +42,26 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 
 Depths = tuple[int, int, int, int, int]
+
+
+def _absolute(location: str) -> str:
+    """A local path made absolute, since Ray's workers run in other folders; URLs and '' stay."""
+    return location if not location or "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
+def _absolute_if_local(location: str) -> str:
+    """The same for what may also be a hub id, such as owner/name."""
+    return _absolute(location) if location.startswith((".", "/", "~")) or os.path.isdir(location) else location
+
+
+Location = Annotated[str, AfterValidator(_absolute)]
+LocationOrHubId = Annotated[str, AfterValidator(_absolute_if_local)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class Run(Section):
@@ -50,7 +69,7 @@ class Run(Section):
 
     name: str = Field("dico", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     "Name of the run. The same storage and name again: the run continues where it stood."
-    storage: str = "runs"
+    storage: Location = "runs"
     "Folder or object-store URL that holds runs; this run's files are in STORAGE/NAME."
     seed: int = Field(0, ge=0, lt=2**63)
     "Seed of sample order, timesteps, noise, label drops, initial weights. With it a run is repeatable."
@@ -102,7 +121,7 @@ class Model(Section):
 class Codec(Section):
     """The autoencoder between pixels and latents."""
 
-    vae: str = "stabilityai/sd-vae-ft-ema"
+    vae: LocationOrHubId = "stabilityai/sd-vae-ft-ema"
     "A diffusers AutoencoderKL: a local folder or a hub id."
     precision: Literal["fp32", "bf16"] = "fp32"
     "Arithmetic of encoding and decoding."
@@ -111,7 +130,7 @@ class Codec(Section):
 class Data(Section):
     """The latent shards that training reads, and how their order is shuffled."""
 
-    latents: str = "latents"
+    latents: Location = "latents"
     "Folder or URL of the latent shards (the one with manifest.json): written by encode, read by train."
     window_samples: int = Field(8192, ge=1)
     "Samples shuffled one by one at a time; rounded up to whole global batches. More: better mixing, more memory."
@@ -122,7 +141,7 @@ class Data(Section):
 class Encode(Section):
     """images -> latent shards."""
 
-    images: str = ""
+    images: Location = ""
     "Folder of images with one subfolder per class (sorted names give labels 0, 1, ...)."
     image_size: int = Field(256, ge=8)
     "Images are centre-cropped and scaled to this height and width (ADM's way)."
@@ -165,7 +184,7 @@ class Train(Section):
     "Decay of the exponential moving average of the weights, kept in fp32."
     precision: Literal["fp32", "bf16"] = "bf16"
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: int = Field(1, ge=0, le=3)
     "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are sharded over the workers."
     checkpoint_every: int = Field(10_000, ge=1)
     "Steps between checkpoints; the last step always has one."
@@ -206,7 +225,7 @@ class Sample(Section):
     "Images an actor generates at a time."
     precision: Literal["fp32", "bf16"] = "fp32"
     "Arithmetic of the network."
-    output: str = ""
+    output: Location = ""
     "Folder for the images; unset: samples/ in the run's folder."
     grid_rows: int = Field(8, ge=1)
     "Rows of the grid picture; a column per class, up to ten."
@@ -221,17 +240,17 @@ class Sample(Section):
 class Evaluate(Section):
     """images -> Frechet distance to a reference."""
 
-    images: str = ""
+    images: Location = ""
     "Folder of images to judge, with one subfolder per class; unset: the run's samples."
-    reference: str = ""
+    reference: Location = ""
     "Folder of real images, with one subfolder per class."
-    features: str = ""
+    features: Location = ""
     "The feature network: a classifier's .safetensors file."
-    judge: str = ""
+    judge: Location = ""
     "A second classifier (.safetensors) that tells how often an image is read as its class; unset: no such rate."
     batch_size: int = Field(64, ge=1)
     "Images an actor judges at a time."
-    output: str = ""
+    output: Location = ""
     "File for the result; unset: evaluation.json in the run's folder."
 
 
@@ -283,9 +302,7 @@ class Config(Section):
                 f"(train.global_batch / train.num_workers); take {_divisor_hint(share)}"
             )
         if train.warmup_steps >= train.steps:
-            raise ValueError(
-                f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}"
-            )
+            raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self
 
     def to_yaml(self) -> str:

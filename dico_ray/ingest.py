@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from dico_ray.config import Config
+from dico_ray.config import Config, UserError
 from dico_ray.data.order import SampleOrder, rank_rows
 from dico_ray.data.shards import LatentBatch, Manifest, read_chunk
 from dico_ray.storage import Storage
@@ -27,7 +27,7 @@ _RANGE_REQUESTS = 8  # at a time in a read task: hides an object store's latency
 _MOST_TASKS = 4096  # Ray Data plans each one up front; longer runs read several windows in a task
 
 
-class StarvationError(RuntimeError):
+class StarvationError(UserError):
     """No batch came in time: says what to look at."""
 
 
@@ -68,9 +68,7 @@ class WindowReader:
         chunks = self.order.chunks_of(keys)
         with ThreadPoolExecutor(_RANGE_REQUESTS) as pool:
             read = list(pool.map(lambda chunk: read_chunk(self.storage, self.manifest, chunk), chunks))
-        held = np.concatenate([
-            np.arange(self.order.chunk_starts[c], self.order.chunk_starts[c + 1]) for c in chunks
-        ])
+        held = np.concatenate([np.arange(self.order.chunk_starts[c], self.order.chunk_starts[c + 1]) for c in chunks])
         # Chunks are ascending, so `held` is sorted and each key is found by bisection.
         places = np.searchsorted(held, keys)
         pairs = np.concatenate([samples.latents for samples in read])
@@ -80,9 +78,7 @@ class WindowReader:
 
 def sample_order(config: Config, manifest: Manifest) -> SampleOrder:
     """The order that a config and a data set define between them."""
-    return SampleOrder(
-        manifest.chunk_sizes, config.train.global_batch, config.data.window_samples, config.run.seed
-    )
+    return SampleOrder(manifest.chunk_sizes, config.train.global_batch, config.data.window_samples, config.run.seed)
 
 
 def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray.data.Dataset:
@@ -133,9 +129,8 @@ def rank_batches(shard: Any, config: Config, rank: int, start_step: int) -> Iter
         found = int(batch["step"][0])
         if found < start_step:  # the window began before the checkpoint
             continue
-        assert found == step and (batch["step"] == step).all() and (batch["row"] == wanted).all(), (
-            f"rank {rank} was handed step {found} where step {step} is due: Ray Data changed the order"
-        )
+        due = (batch["step"] == step).all() and np.array_equal(batch["row"], wanted)
+        assert due, f"rank {rank} was handed step {found} where step {step} is due: Ray Data changed the order"
         yield LatentBatch(step, batch["row"], batch["latents"], batch["label"], batch["key"])
         step += 1
 

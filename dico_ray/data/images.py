@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dico_ray.config import ConfigError
+from dico_ray.config import ConfigError, UserError
 from dico_ray.storage import Storage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """An image that cannot be decoded; names it and says why."""
 
 

@@ -111,6 +111,4 @@ def rank_rows(order: SampleOrder, world_size: int, rank: int) -> np.ndarray:
 
 def chunk_sizes(counts: Sequence[int], chunk_samples: int) -> tuple[int, ...]:
     """Samples of every chunk when shards of `counts` samples are cut into chunks of `chunk_samples`."""
-    return tuple(
-        min(chunk_samples, count - start) for count in counts for start in range(0, count, chunk_samples)
-    )
+    return tuple(min(chunk_samples, count - start) for count in counts for start in range(0, count, chunk_samples))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dico_ray.config import ConfigError
+from dico_ray.config import ConfigError, UserError
 from dico_ray.data.order import chunk_sizes
 from dico_ray.storage import Storage
 
@@ -29,7 +29,7 @@ _MTIME = 1  # an integer: otherwise each member gets a PAX header and the stride
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class ShardError(ValueError):
+class ShardError(UserError, ValueError):
     """A shard or manifest that is not what it should be: names the shard, the offset and what is wrong."""
 
 

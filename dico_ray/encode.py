@@ -1,0 +1,212 @@
+"""The door `encode`: a folder of images -> Ray Data over an actor pool -> latent shards and their manifest.
+
+A shard is the unit of work: an actor reads its images, encodes them with both flips and writes it whole. What
+a shard holds depends on the images and settings alone, never on the pool; finished shards are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+import xxhash
+
+from dico_ray import cluster
+from dico_ray.config import Config, ConfigError
+from dico_ray.data.images import ImageError, ImageFolder, center_crop, load_image
+from dico_ray.data.shards import MANIFEST, Manifest, Shard, sample_bytes, write_shard
+from dico_ray.progress import Progress
+from dico_ray.storage import Storage
+
+_PARTS = "parts"  # a finished shard's record, until the manifest holds all of them
+_DECODERS = 8
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard's work: which images, of which labels. Keys are places in the sorted list of all images."""
+
+    name: str
+    first: int
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+def main(config: Config, *, verbose: bool = False) -> None:
+    """`dico-ray encode`: encode.images -> data.latents.
+
+    Raises ConfigError for missing images or an autoencoder that does not fit; images that cannot be decoded
+    are left out and named in the manifest.
+    """
+    if not config.encode.images:
+        raise ConfigError("encode.images is unset; name a folder of images with one subfolder per class")
+    source, target = Storage(config.encode.images), Storage(config.data.latents)
+    folder = ImageFolder.scan(source, "encode.images")
+    began = _fingerprint(config, folder)
+    if target.exists(MANIFEST):
+        _check_same(config, target, began)
+        print(f"encode: {config.data.latents} is complete: nothing to do")
+        return
+    plans = plan_shards(config, folder)
+    done = _finished(target, began)
+    cluster.connect(verbose)
+    gpu = cluster.uses_gpu(config.resources)
+    actors = config.resources.actors
+    cluster.require(
+        actors * config.resources.actor_cpus, actors if gpu else 0, f"a pool of {actors} actors", "resources.actors"
+    )
+    left = [plan for plan in plans if plan.name not in done]
+    _run(config, left, gpu, began, total=len(folder.paths))
+    manifest = _manifest(config, folder, [_finished(target, began)[plan.name] for plan in plans], began)
+    target.write(MANIFEST, manifest.to_json().encode())
+    target.remove(_PARTS)
+    lost = f", {len(manifest.skipped)} images could not be read" if manifest.skipped else ""
+    print(f"encode: {manifest.count} samples in {len(manifest.shards)} shards at {target.url}{lost}")
+
+
+def plan_shards(config: Config, folder: ImageFolder) -> list[ShardPlan]:
+    """Cuts the images into shards after a seeded shuffle, so that each shard holds many classes."""
+    order = np.random.Generator(np.random.Philox(config.run.seed)).permutation(len(folder.paths))
+    size = config.encode.shard_samples
+    plans = []
+    for number, first in enumerate(range(0, len(order), size)):
+        part = order[first : first + size]
+        paths = tuple(folder.paths[i] for i in part)
+        plans.append(ShardPlan(f"shard-{number:05d}.tar", first, paths, tuple(folder.labels[i] for i in part)))
+    return plans
+
+
+def _fingerprint(config: Config, folder: ImageFolder) -> str:
+    """Of everything that the shards' bytes follow from, but for the images' own."""
+    settings = {"encode": config.encode.model_dump(exclude={"batch_size"}), "codec": config.codec.model_dump()}
+    facts = [settings, config.run.seed, folder.paths]
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _check_same(config: Config, target: Storage, fingerprint: str) -> None:
+    if Manifest.load(target).codec.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"data.latents: {target.url} was encoded from other images or settings; name another folder or remove it"
+        )
+
+
+def _finished(target: Storage, fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Records of finished shards by name. Raises ConfigError for those of another encode."""
+    records = [json.loads(target.read(name)) for name in target.names(".json") if name.startswith(_PARTS)]
+    if any(record["fingerprint"] != fingerprint for record in records):
+        raise ConfigError(
+            f"data.latents: {target.url} holds a part of other images or settings; name another folder or remove it"
+        )
+    return {record["shard"]["name"]: record for record in records}
+
+
+def _run(config: Config, plans: list[ShardPlan], gpu: bool, fingerprint: str, total: int) -> None:
+    done = total - sum(len(plan.paths) for plan in plans)
+    if not plans:
+        return
+    pool = ray.data.from_items([{"plan": plan} for plan in plans], override_num_blocks=len(plans)).map_batches(
+        ShardEncoder,
+        fn_constructor_kwargs={"config": config, "fingerprint": fingerprint, "gpu": gpu},
+        batch_size=1,
+        concurrency=min(config.resources.actors, len(plans)),
+        num_cpus=config.resources.actor_cpus,
+        num_gpus=1 if gpu else 0,
+    )
+    with Progress("encode", total, "images", done) as progress:
+        for row in pool.iter_rows():
+            done += row["images"]
+            progress.update(done)
+
+
+class ShardEncoder:
+    """An actor of the pool: holds the autoencoder, turns one ShardPlan into one shard and its record."""
+
+    def __init__(self, config: Config, fingerprint: str, gpu: bool) -> None:
+        import torch
+
+        from dico_ray.data.latents import Autoencoder
+
+        cluster.quiet()
+        self._config, self._fingerprint = config, fingerprint
+        self._source, self._target = Storage(config.encode.images), Storage(config.data.latents)
+        if not gpu:
+            torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
+        self._vae = Autoencoder(config.codec.vae, config.codec.precision, torch.device("cuda" if gpu else "cpu"))
+        self._codec = {**self._vae.describe(), "fingerprint": fingerprint}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        plan: ShardPlan = batch["plan"][0]
+        encode = self._config.encode
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            decoded = list(pool.map(self._load, plan.paths))
+        good = [i for i, image in enumerate(decoded) if isinstance(image, np.ndarray)]
+        if not good:
+            raise ImageError(f"none of the {len(plan.paths)} images of {plan.name} can be read: {decoded[0]}")
+        latents = np.concatenate([
+            self._encode([decoded[i] for i in good[at : at + encode.batch_size]],
+                         [plan.paths[i] for i in good[at : at + encode.batch_size]])
+            for at in range(0, len(good), encode.batch_size)
+        ])  # fmt: skip
+        keys = [f"{plan.first + i:09d}" for i in good]
+        chunk = max(1, encode.chunk_bytes // sample_bytes(*latents.shape[2:]))
+        shard = write_shard(self._target, plan.name, keys, latents, [plan.labels[i] for i in good], chunk)
+        self._record(shard, latents, chunk, [str(image) for image in decoded if isinstance(image, str)])
+        return {"images": [len(plan.paths)]}
+
+    def _load(self, path: str) -> np.ndarray | str:
+        """An image's pixels (size, size, 3), or why there are none."""
+        try:
+            return center_crop(load_image(self._source.read(path), path), self._config.encode.image_size)
+        except ImageError as error:
+            return str(error)
+
+    def _encode(self, images: list[Any], paths: list[str]) -> np.ndarray:
+        """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16."""
+        pixels = np.stack(images)
+        pair = [self._vae.encode(p, self._noise(paths, flip)) for flip, p in enumerate((pixels, pixels[:, :, ::-1]))]
+        return np.stack(pair, axis=1).astype(np.float16)
+
+    def _noise(self, paths: list[str], flip: int) -> Any:
+        """The posterior's draw, keyed by the image's own path: the same in any batch, shard and pool."""
+        import torch
+
+        from dico_ray.diffusion.noise import Stream, normal
+
+        if not self._config.encode.sample_posterior:
+            return None
+        side = self._config.encode.image_size // self._vae.factor
+        rows = torch.tensor([xxhash.xxh32_intdigest(path) for path in paths])
+        return normal(self._config.run.seed, Stream.POSTERIOR, flip, rows, (self._vae.channels, side, side))
+
+    def _record(self, shard: Shard, latents: np.ndarray, chunk: int, skipped: list[str]) -> None:
+        values = latents.astype(np.float64)
+        sums = {"sum": values.sum((0, 1, 3, 4)).tolist(), "squares": (values**2).sum((0, 1, 3, 4)).tolist()}
+        record = {
+            "shard": asdict(shard), "fingerprint": self._fingerprint, "codec": self._codec, "skipped": skipped,
+            "chunk_samples": chunk, "shape": latents.shape[2:], **sums,
+        }  # fmt: skip
+        self._target.write(f"{_PARTS}/{shard.name}.json", json.dumps(record).encode())
+
+
+def _manifest(config: Config, folder: ImageFolder, records: list[dict[str, Any]], fingerprint: str) -> Manifest:
+    channels, height, width = records[0]["shape"]
+    shards = tuple(Shard(**{**r["shard"], "hashes": tuple(r["shard"]["hashes"])}) for r in records)
+    values = sum(s.count for s in shards) * 2 * height * width
+    mean = np.sum([r["sum"] for r in records], axis=0) / values
+    variance = np.sum([r["squares"] for r in records], axis=0) / values - mean**2
+    return Manifest(
+        shards=shards,
+        chunk_samples=records[0]["chunk_samples"],
+        sample_bytes=sample_bytes(channels, height, width),
+        channels=channels,
+        latent_size=(height, width),
+        classes=folder.classes,
+        image_size=config.encode.image_size,
+        codec=records[0]["codec"],
+        statistics={"mean": mean.tolist(), "std": np.sqrt(variance).tolist()},
+        skipped=tuple(reason for r in records for reason in r["skipped"]),
+    )

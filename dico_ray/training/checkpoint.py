@@ -1,0 +1,200 @@
+"""Checkpoints in two phases: every rank writes its part, then one commit marker makes them count.
+
+    checkpoints/step-00001000/part-00000-of-00002.safetensors   fragments of rank 0: KIND/NAME@START, fp32, 1-D
+                              part-00001-of-00002.safetensors
+                              commit.json                        what there is, where, with sizes and hashes
+
+The marker is written last and whole. A folder without one is torn, and is never read. Fragments are keyed by
+parameter name and flat range, so any world size and ZeRO stage can read any checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from dico_ray.config import ConfigError, UserError
+from dico_ray.storage import Storage
+from dico_ray.training.ema import EMA
+from dico_ray.training.engine import Engine
+
+FORMAT = "dico-ray-checkpoint/1"
+COMMIT = "commit.json"
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that is damaged or does not fit: names the file and says what is wrong."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(storage: Storage, step: int, engine: Engine, ema: EMA, about: dict[str, Any]) -> None:
+    """Writes and commits the state after `step` steps. Collective: every rank calls it.
+
+    storage: the folder of all checkpoints. about: JSON facts to keep with it (config, data, codec).
+    """
+    here = storage.at(folder_name(step))
+    part = f"part-{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    owned = [f for f in engine.fragments() if f.owned]
+    for fragment, average in zip(owned, ema.tensors(), strict=True):
+        kinds = {"weight": fragment.weight, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+        for kind, tensor in {**kinds, "ema": average}.items():
+            tensors[f"{kind}/{fragment.name}@{fragment.start}"] = tensor.detach().cpu().clone()
+    data = to_safetensors(tensors)
+    here.write(part, data)
+    parts = engine.gather(_describe(part, data))
+    if engine.rank == 0:
+        commit = {"format": FORMAT, "step": step, "shapes": engine.shapes, "parts": parts, "about": about}
+        here.write(COMMIT, json.dumps(commit).encode())
+    engine.gather(None)  # nobody goes on before the marker stands
+
+
+def _describe(part: str, data: bytes) -> dict[str, Any]:
+    """A part's entry in the marker: each fragment's kind, name, start, and place and hash of its bytes."""
+    length = struct.unpack("<Q", data[:8])[0]
+    fragments = []
+    for key, entry in json.loads(data[8 : 8 + length]).items():
+        kind, rest = key.split("/", 1)
+        name, start = rest.rsplit("@", 1)
+        at, end = (8 + length + offset for offset in entry["data_offsets"])
+        digest = xxhash.xxh3_128_hexdigest(memoryview(data)[at:end])
+        fragments.append([kind, name, int(start), at, end, digest])
+    return {"file": part, "bytes": len(data), "fragments": fragments}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: str
+    start: int
+    stop: int
+    at: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed checkpoint, read by ranges: a reader touches just the fragments it needs."""
+
+    storage: Storage
+    commit: dict[str, Any]
+
+    @classmethod
+    def open(cls, storage: Storage) -> Checkpoint:
+        """Raises ConfigError where no committed checkpoint is, CheckpointError for a damaged marker."""
+        try:
+            commit = json.loads(storage.read(COMMIT))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{storage.url} is no committed checkpoint (it has no {COMMIT}); name another, or 'last'"
+            ) from None
+        except ValueError as error:
+            raise CheckpointError(f"{storage.url}/{COMMIT} is not JSON: {error}") from None
+        if not isinstance(commit, dict) or commit.get("format") != FORMAT:
+            raise CheckpointError(f"{storage.url}/{COMMIT}: not in the format {FORMAT!r} that this version reads")
+        return cls(storage, commit)
+
+    @classmethod
+    def last(cls, storage: Storage) -> Checkpoint | None:
+        """The newest committed checkpoint in the folder of all of them, or None."""
+        for name in reversed(storage.folders()):
+            if name.startswith("step-") and storage.at(name).exists(COMMIT):
+                return cls.open(storage.at(name))
+        return None
+
+    @property
+    def step(self) -> int:
+        return self.commit["step"]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self.commit["about"]
+
+    @property
+    def hash(self) -> str:
+        """Of the marker, and through its hashes of every byte of the checkpoint."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.commit, sort_keys=True).encode())
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, str], list[_Piece]]:
+        pieces: dict[tuple[str, str], list[_Piece]] = {}
+        for part in self.commit["parts"]:
+            for kind, name, start, at, end, digest in part["fragments"]:
+                piece = _Piece(part["file"], start, start + (end - at) // 4, at, end, digest)
+                pieces.setdefault((kind, name), []).append(piece)
+        return pieces
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened parameter: (stop - start,) fp32.
+
+        kind: weight, exp_avg, exp_avg_sq or ema. Raises CheckpointError for missing or changed bytes.
+        """
+        out = torch.empty(stop - start)
+        filled = 0
+        for piece in self._pieces.get((kind, name), []):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                out[low - start : high - start] = self._fetch(piece)[low - piece.start : high - piece.start]
+                filled += high - low
+        if filled != stop - start:
+            raise CheckpointError(
+                f"{self.storage.url}: {kind} of {name} has {filled} of the {stop - start} elements "
+                f"in [{start}, {stop}); the checkpoint is of another model (see model.* in its run's config.yaml)"
+            )
+        return out
+
+    def _fetch(self, piece: _Piece) -> Tensor:
+        where = f"{self.storage.url}/{piece.file} at byte {piece.at}"
+        try:
+            data = self.storage.read(piece.file, piece.at, piece.end)
+        except FileNotFoundError:
+            raise CheckpointError(f"{where}: the file is gone; take an earlier checkpoint") from None
+        if xxhash.xxh3_128_hexdigest(data) != piece.digest:
+            raise CheckpointError(f"{where}: the bytes differ from what was committed; take an earlier checkpoint")
+        return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Every parameter whole, in its shape: kind 'weight' or 'ema'."""
+        shapes: dict[str, list[int]] = self.commit["shapes"]
+        return {
+            name: self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape) for name, shape in shapes.items()
+        }
+
+    def check_fits(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises ConfigError if a model's parameters have other names or shapes than the checkpoint's."""
+        mine = {name: tuple(shape) for name, shape in self.commit["shapes"].items()}
+        if mine != shapes:
+            name = sorted(set(mine.items()) ^ set(shapes.items()))[0][0]
+            raise ConfigError(
+                f"{self.storage.url} is of another model: {name} is {mine.get(name)} there and {shapes.get(name)} "
+                "here; set model.* as in its run's config.yaml, or take another run.name"
+            )
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
+    """Sets a rank's weights, moments and EMA from a checkpoint of any world size and ZeRO stage."""
+    checkpoint.check_fits(engine.shapes)
+    engine.restore(checkpoint.step, checkpoint.read)
+    ema.restore(lambda name, start, stop: checkpoint.read("ema", name, start, stop))
+
+
+def retain(storage: Storage, keep: int) -> None:
+    """Removes all but the newest `keep` committed checkpoints, and torn ones older than the newest."""
+    names = [name for name in storage.folders() if name.startswith("step-")]
+    committed = [name for name in names if storage.at(name).exists(COMMIT)]
+    for name in names:
+        if committed and name < committed[-1] and name not in committed[-keep:]:
+            # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
+            storage.remove(f"{name}/{COMMIT}")
+            storage.remove(name)

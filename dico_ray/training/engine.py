@@ -1,0 +1,213 @@
+"""The training engine: DeepSpeed ZeRO behind five verbs, and the only home of deepspeed.
+
+Whatever the ZeRO stage, a rank sees its own part of the training state as *fragments*: flat ranges of named
+parameters with fp32 master weights and AdamW moments. EMA and checkpoints are built on them alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dico_ray.config import Train
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of a flattened parameter, as views of this rank's fp32 state (all 1-D).
+
+    owned: this rank keeps their EMA and writes them to checkpoints (at stage 0 every rank holds everything,
+    and the parameters are dealt out).
+    """
+
+    name: str
+    start: int
+    stop: int
+    owned: bool
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a fragment lives: `length` elements of the optimizer's tensor `flat`, from `offset`."""
+
+    name: str
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+    owned: bool = True
+
+
+class Engine:
+    """AdamW on a model whose state is sharded by ZeRO over the torch.distributed default group.
+
+    Master weights, moments and accumulated gradients are fp32 (at stage 0 in bf16 DeepSpeed accumulates in
+    bf16); `train.precision` is the network's arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, config: Train, device: torch.device) -> None:
+        """model: fp32 weights, the same on every rank. Takes the model over: it is moved and may be sharded."""
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._stage, self._config = config.zero_stage, config
+        initial = {name: p.detach().reshape(-1).clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
+        )
+        self._deepspeed: Any = deepspeed.initialize(
+            model=model.to(device), optimizer=optimizer, config=self._settings()
+        )[0]
+        self._adam: Any = optimizer
+        self._places = list(self._locate())
+        # DeepSpeed takes its masters from weights already rounded to bf16: give them the exact ones.
+        self.restore(0, lambda kind, name, start, stop: initial[name][start:stop] if kind == "weight" else None)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one forward pass on this rank."""
+        return self._config.micro_batch or self._config.global_batch // self.world_size
+
+    def _settings(self) -> dict[str, Any]:
+        bf16 = self._config.precision == "bf16"
+        return {
+            "train_batch_size": self._config.global_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_clipping": self._config.grad_clip,
+            "bf16": {"enabled": bf16},
+            "data_types": {"grad_accum_dtype": "bf16" if bf16 and self._stage == 0 else "fp32"},
+            "zero_optimization": {"stage": self._stage, "overlap_comm": self.device.type == "cuda"},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+        }
+
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """The network's forward pass; inputs and outputs are the model's own."""
+        return self._deepspeed(*inputs, **named)
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """One micro-batch's mean loss -> gradients; the global batch's last one also takes the optimizer step.
+
+        Returns the gradient norm before clipping after that last one, None after the others.
+        """
+        engine = self._deepspeed
+        engine.backward(loss)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+            return None
+        norm = self._plain_norm() if self._adam is engine.optimizer else None
+        engine.step()
+        found = engine.get_global_grad_norm() if norm is None else norm
+        return torch.as_tensor(found, dtype=torch.float32, device=self.device)
+
+    def _plain_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._deepspeed.module.parameters()])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed left out because gradients were not finite."""
+        return self._deepspeed.skipped_steps
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+    def mean(self, values: Tensor) -> list[float]:
+        """(N,) numbers averaged over the ranks; waits for the device."""
+        total = values.detach().double()
+        dist.all_reduce(total)
+        return (total / self.world_size).tolist()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order, on every rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's training state. The tensors are views: what they show changes with every step."""
+        return [
+            Fragment(p.name, p.start, p.start + p.length, p.owned, *(self._view(p, kind) for kind in KINDS))
+            for p in self._places
+        ]
+
+    def _view(self, place: _Place, kind: str) -> Tensor:
+        tensor = place.flat.detach() if kind == "weight" else self._adam.state[place.flat][kind]
+        return tensor.reshape(-1).narrow(0, place.offset, place.length)
+
+    def restore(self, step: int, read: Callable[[str, str, int, int], Tensor | None]) -> None:
+        """Sets this rank's state as after `step` steps.
+
+        read(kind, name, start, stop) gives fp32 elements of a flattened parameter, kind one of KINDS, or None
+        for zeros (moments before the first step).
+        """
+        for flat in {id(p.flat): p.flat for p in self._places}.values():
+            where = flat.device if self.device.type == "cuda" else "cpu"
+            state = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+            self._adam.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
+        for place in self._places:
+            for kind in KINDS:
+                value = read(kind, place.name, place.start, place.start + place.length)
+                if value is not None:
+                    self._view(place, kind).copy_(value)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Master weights -> the weights that the network computes with, on every rank."""
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 3:
+            for low, high in zip(
+                optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+            ):
+                low.data.copy_(high.data)
+            if optimizer.persistent_parameters:  # small ones are kept whole on every rank
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self._stage > 0:
+            optimizer.update_lp_params()
+            if hasattr(optimizer, "_hp_optimizer_states_linked"):
+                optimizer._hp_optimizer_states_linked = False
+        elif optimizer is not self._adam:
+            for low, high in zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True):
+                low.data.copy_(high.data)
+
+    def _locate(self) -> Iterator[_Place]:
+        """Finds this rank's part of every parameter in DeepSpeed's structures, which differ by stage."""
+        optimizer = self._deepspeed.optimizer
+        for index, (name, parameter) in enumerate(self._deepspeed.module.named_parameters()):
+            owned = index % self.world_size == self.rank
+            if self._stage == 3:
+                group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = self.rank * length  # equal parts, the last ones padded
+                length = max(0, min(length, parameter.ds_numel - start))
+                if length:
+                    yield _Place(name, start, length, optimizer.fp32_partitioned_groups_flat[group], offset)
+            elif self._stage > 0:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # None: the parameter lies wholly in other ranks' parts
+                    flat = self._adam.param_groups[0]["params"][0]
+                    at, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield _Place(name, low.start, at.numel, flat, at.start)
+            elif optimizer is self._adam:
+                yield _Place(name, 0, parameter.numel(), parameter, 0, owned)
+            else:
+                yield _Place(name, 0, parameter.numel(), optimizer.fp32_groups[0][index], 0, owned)
+
+    def close(self) -> None:
+        self._deepspeed.destroy()

@@ -1,0 +1,67 @@
+"""A run's numbers: JSON lines and TensorBoard in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dico_ray.storage import Storage
+
+METRICS = "metrics.jsonl"
+_TENSORBOARD = "tensorboard"
+
+
+class MetricsLog:
+    """Appends metrics to metrics.jsonl and TensorBoard files below `storage`.
+
+    A resumed run passes the step it continues from: what an earlier attempt logged beyond it is dropped, so
+    that the file holds each step once. Object stores cannot append: there the files are written anew each time.
+    """
+
+    def __init__(self, storage: Storage, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._storage = storage
+        self._lines = [json.dumps(m) for m in read_metrics(storage) if m["step"] <= start_step]
+        self._write_lines()
+        self._board_folder = (
+            Path(storage.url) / _TENSORBOARD if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
+        )
+        self._board = SummaryWriter(str(self._board_folder), purge_step=start_step + 1)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """metrics: plain numbers by name, `step` among them."""
+        self._lines.append(json.dumps(metrics))
+        if self._storage.is_local:
+            with open(self._storage.path(METRICS), "a", encoding="utf-8") as file:
+                file.write(self._lines[-1] + "\n")
+        else:
+            self._write_lines()
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])
+        self._board.flush()
+        if not self._storage.is_local:
+            for path in self._board_folder.iterdir():
+                self._storage.write(f"{_TENSORBOARD}/{path.name}", path.read_bytes())
+
+    def _write_lines(self) -> None:
+        self._storage.write(METRICS, "".join(line + "\n" for line in self._lines).encode())
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_metrics(storage: Storage) -> list[dict[str, Any]]:
+    """A run's logged metrics by step; none if it has not logged. A line cut short by a crash is left out."""
+    if not storage.exists(METRICS):
+        return []
+    found = []
+    for line in storage.read(METRICS).decode().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # only the last one can be torn: lines are appended whole
+            break
+    return found
