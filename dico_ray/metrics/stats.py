@@ -147,8 +147,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     mean2, covariance2 = _checked("2", mu2, sigma2)
     if mean1.shape != mean2.shape:
         raise ValueError(
-            f"mu1 has {mean1.size} features and mu2 has {mean2.size}: both must come from the same feature "
-            "network"
+            f"mu1 has {mean1.size} features and mu2 has {mean2.size}: both must come from the same feature network"
         )
     root1, root2 = _factor("sigma1", covariance1), _factor("sigma2", covariance2)
     trace_of_root = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
@@ -167,9 +166,7 @@ def _checked(which: str, mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray,
         raise ValueError(f"mu{which} or sigma{which} holds a NaN or infinity: compute those moments again")
     scale = np.abs(covariance).max(initial=0.0)
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * scale):
-        raise ValueError(
-            f"sigma{which} is not symmetric, so it is no covariance: check what was loaded as it"
-        )
+        raise ValueError(f"sigma{which} is not symmetric, so it is no covariance: check what was loaded as it")
     return mean, (covariance + covariance.T) / 2
 
 

@@ -129,11 +129,8 @@ class DiCo(nn.Module):
             y = torch.where(dropped, self.null_label, y)
         features = timestep_features(t).to(self.dtype)
         y1, y2, y3 = self.y_embedder(y)
-        return (
-            self.t_embedder_1(features) + y1,
-            self.t_embedder_2(features) + y2,
-            self.t_embedder_3(features) + y3,
-        )
+        c1, c2, c3 = (embed(features) for embed in (self.t_embedder_1, self.t_embedder_2, self.t_embedder_3))
+        return c1 + y1, c2 + y2, c3 + y3
 
     def _check_latents(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -150,23 +147,23 @@ class DiCo(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Start as the released code does: Xavier uniform, small embeddings, every gate and the output at zero."""
+        """Start as the released code does: Xavier uniform, small embeddings, gates and output at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                # PyTorch's fans of a depthwise [C, 1, 3, 3] are 9 and 9C, as the released initialisation has them.
+                # PyTorch counts a depthwise [C, 1, 3, 3] as fan_in 9, fan_out 9C: so did the released code.
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=EMBEDDING_STD)
-        # The input convolution counts as a linear layer of its patches, a [D, 9 C] matrix: fan_out is D, not 9D.
+        # The input convolution counts as a linear layer on patches, a [D, 9C] matrix: fan_out D, not 9D.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         for module in self.modules():
             if isinstance(module, TimestepEmbedder):
-                for linear in (module.mlp[0], module.mlp[2]):
-                    nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+                for weight in (module.mlp.get_parameter("0.weight"), module.mlp.get_parameter("2.weight")):
+                    nn.init.normal_(weight, std=EMBEDDING_STD)
             elif isinstance(module, Block | FinalLayer):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
+                nn.init.zeros_(module.get_parameter("adaLN_modulation.1.weight"))
         nn.init.zeros_(self.final_layer.out_proj.weight)
 
 

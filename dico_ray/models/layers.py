@@ -25,12 +25,12 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     x `(B, H, W, C)`; shift and scale `(B, C)`, one value per image and channel.
     """
     x = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
-    return torch.addcmul(shift[:, None, None], x, 1 + scale[:, None, None])
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x + gate * branch` with x and branch `(B, H, W, C)` and gate `(B, C)`."""
-    return torch.addcmul(x, gate[:, None, None], branch)
+    return x + gate[:, None, None] * branch
 
 
 def pixel_unshuffle(x: Tensor) -> Tensor:
@@ -59,24 +59,27 @@ def timestep_features(timesteps: Tensor) -> Tensor:
 
 
 class Pointwise(nn.Conv2d):
-    """1x1 convolution of `(B, H, W, C_in)` -> `(B, H, W, C_out)` as one matrix product; weight (C_out, C_in, 1, 1)."""
+    """1x1 convolution as one matrix product: `(B, H, W, C_in)` -> `(B, H, W, C_out)`.
+
+    The weight keeps the released shape `(C_out, C_in, 1, 1)`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.view(self.out_channels, self.in_channels), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.view(self.out_channels, self.in_channels), self.bias)
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution, zero padding 1, of `(B, H, W, C_in)` -> `(B, H, W, C_out)`; depthwise with groups = C_in."""
+    """3x3 convolution, padding 1: `(B, H, W, C_in)` -> `(B, H, W, C_out)`; depthwise if groups = C_in."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, groups=groups, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The permuted view of an NHWC tensor is what PyTorch calls channels_last: no bytes move on either side.
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(self, input: Tensor) -> Tensor:
+        # The permuted view of an NHWC tensor is what PyTorch calls channels_last: no bytes are moved.
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PatchEmbedder(nn.Module):

@@ -83,7 +83,7 @@ def test_a_missing_or_foreign_file_is_explained(model: ImageClassifier, tmp_path
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         metrics.load_classifier(path)
     save_file({"weight": torch.zeros(3)}, str(path))
-    with pytest.raises(ValueError, match="says format None .* not written by save_classifier"):
+    with pytest.raises(ValueError, match=r"says format None .* not written by save_classifier"):
         metrics.load_classifier(path)
 
 
@@ -102,9 +102,7 @@ def test_a_config_that_does_not_fit_is_explained(
     path = tmp_path / "net.safetensors"
     metrics.save_classifier(model, path)
     config = json.dumps({**dataclasses.asdict(CONFIG), **change})
-    save_file(
-        load_file(path), str(path), metadata={"format": "dico-ray image classifier 1", "config": config}
-    )
+    save_file(load_file(path), str(path), metadata={"format": "dico-ray image classifier 1", "config": config})
     with pytest.raises(ValueError, match="does not fit the config in its own metadata"):
         metrics.load_classifier(path)
 

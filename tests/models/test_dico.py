@@ -37,9 +37,7 @@ def awake(model: DiCo) -> DiCo:
     return model
 
 
-def inputs(
-    batch: int = 3, channels: int = 4, height: int = 8, width: int = 8
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 3, channels: int = 4, height: int = 8, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, channels, height, width, generator=generator)
     return x, torch.tensor([0, 500, 999])[:batch], torch.tensor([1, 0, 9])[:batch]
@@ -53,8 +51,8 @@ def tiny() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny: dict[str, np.ndarray]) -> DiCo:
-    sizes = {name: int(tiny[name]) for name in ("hidden_size", "ffn_ratio", "num_classes")}
-    model = DiCo(depths=tiny["depths"].tolist(), **sizes)
+    width, ratio, classes = (int(tiny[name]) for name in ("hidden_size", "ffn_ratio", "num_classes"))
+    model = DiCo(width, tiny["depths"].tolist(), ratio, classes)
     weights = {name[2:]: torch.from_numpy(value) for name, value in tiny.items() if name.startswith("w:")}
     model.load_state_dict(weights)
     return model.double().eval()
@@ -93,7 +91,7 @@ def test_initial_weights_have_the_released_spread(fresh: dict[str, Tensor]):
         if largest == 0:
             assert not value.any(), name
             continue
-        # Two samples of n values each: 6 standard errors, at most std / sqrt(2n) apiece, then sqrt(2) for two.
+        # Two samples of n values: a standard error of at most std / sqrt(2n) each, std / sqrt(n) for both.
         tolerance = 6 * std / math.sqrt(value.numel())
         assert abs(value.std().item() - std) < tolerance, name
         assert abs(value.mean().item()) < 6 * std / math.sqrt(value.numel()), name
@@ -183,7 +181,7 @@ def test_create_model_takes_overrides_and_knows_its_names():
     assert model.x_embedder.proj.weight.shape == (8, 2, 3, 3)
     assert model.null_label == 3
     assert len(model.latent) == ARCHITECTURES["DiCo-tiny"].depths[2]
-    with pytest.raises(ValueError, match="DiCo-Q.*DiCo-XL"):
+    with pytest.raises(ValueError, match=r"DiCo-Q.*DiCo-XL"):
         create_model("DiCo-Q")
 
 

@@ -1,0 +1,113 @@
+"""`dico-ray plan`: what a run needs, before anything starts. Needs neither torch nor a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dico_ray.config import Architecture, Config, Model
+
+_FEATURES = 256  # sinusoids of a timestep
+
+
+def parameter_count(model: Model) -> int:
+    """Parameters of a DiCo (learned variance), from its sizes alone."""
+    a = model.architecture
+    d, widths = a.hidden_size, stage_widths(a)
+    outputs = 2 * model.in_channels
+    count = 9 * model.in_channels * d + d  # input convolution
+    for width in (d, 2 * d, 4 * d):
+        count += _FEATURES * width + width + width * width + width  # timestep embedder
+        count += (model.num_classes + 1) * width  # labels, the null one among them
+    count += sum(depth * block_parameters(width, a.ffn_ratio) for depth, width in zip(a.depths, widths, strict=True))
+    count += 9 * d * d // 2 + 9 * 2 * d * d  # down: 3x3 to half the channels
+    count += 9 * 4 * d * 8 * d + 9 * 2 * d * 4 * d  # up: 3x3 to twice the channels
+    count += 4 * d * 2 * d + 2 * d + 2 * d * 2 * d + 2 * d  # after the skips
+    head = 2 * d
+    return count + 9 * head * outputs + outputs + head * 2 * head + 2 * head
+
+
+def stage_widths(a: Architecture) -> tuple[int, int, int, int, int]:
+    """Channels of encoder 1, encoder 2, latent, decoder 2 and decoder 1."""
+    d = a.hidden_size
+    return d, 2 * d, 4 * d, 2 * d, 2 * d
+
+
+def block_parameters(width: int, ffn_ratio: int) -> int:
+    """Two 1x1 and a depthwise convolution, channel attention, feed-forward, adaLN."""
+    pointwise = width * width + width
+    hidden = ffn_ratio * width
+    return (
+        3 * pointwise + 9 * width + width + width * hidden + hidden + hidden * width + width
+        + width * 6 * width + 6 * width
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU of a run's training state; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+
+def state_memory(parameters: int, stage: int, world_size: int, precision: str) -> Memory:
+    """Bytes per GPU by ZeRO stage (arXiv 1910.02054, section 3): which parts are divided by the world size.
+
+    The network's weights take 2 bytes in bf16 and 4 in fp32; gradients accumulate in fp32; the optimizer holds
+    fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the EMA is fp32, and
+    dealt out at every stage.
+    """
+    weight = 2 if precision == "bf16" else 4
+    master = 0 if stage == 0 and precision == "fp32" else 4
+    gradient = 2 if stage == 0 and precision == "bf16" else 4
+
+    def share(nbytes: int, divided: bool) -> int:
+        return -(-nbytes // world_size) if divided else nbytes
+
+    return Memory(
+        weights=share(parameters * weight, stage >= 3),
+        gradients=share(parameters * gradient, stage >= 2),
+        optimizer=share(parameters * (master + 8), stage >= 1),
+        ema=share(parameters * 4, True),
+    )
+
+
+def shard_bytes(config: Config, samples: int) -> int:
+    """Bytes of `samples` samples in latent shards (both flips, tar headers included)."""
+    from dico_ray.data.shards import sample_bytes
+
+    side = config.model.latent_size
+    return samples * sample_bytes(config.model.in_channels, side, side)
+
+
+def main(config: Config, *, verbose: bool = False) -> None:
+    """`dico-ray plan`: prints parameters, memory by ZeRO stage, and bytes of shards and checkpoints."""
+    model, train = config.model, config.train
+    count = parameter_count(model)
+    a = model.architecture
+    print(f"model        {model.name}: width {a.hidden_size}, depths {list(a.depths)}, FFN ratio {a.ffn_ratio}")
+    print(f"parameters   {count:,}")
+    print(
+        f"step         {train.global_batch} images: {train.num_workers} workers x "
+        f"{train.micro_batch or train.global_batch // train.num_workers} x "
+        f"{train.global_batch // train.num_workers // (train.micro_batch or train.global_batch // train.num_workers)}"
+        " (workers x micro-batch x accumulation)"
+    )
+    print(f"run          {train.steps:,} steps, {train.steps * train.global_batch:,} images")
+    print(f"\nGB per worker, {train.precision}, {train.num_workers} workers (activations come on top)")
+    print("  ZeRO   weights  gradients  optimizer     EMA    total")
+    for stage in range(4):
+        m = state_memory(count, stage, train.num_workers, train.precision)
+        mark = "  <- train.zero_stage" if stage == train.zero_stage else ""
+        values = (m.weights, m.gradients, m.optimizer, m.ema, m.total)
+        print(f"  {stage}    " + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(values, (9, 11, 11, 8, 9), strict=True)) + mark)
+    print(f"\nshards       {shard_bytes(config, 1):,} bytes a sample, "
+          f"{shard_bytes(config, 1_281_167) / 1e9:.1f} GB for ImageNet's 1,281,167 images")
+    print(f"checkpoint   {count * 16 / 1e9:.2f} GB (weights, two moments, EMA; fp32), "
+          f"{train.keep_checkpoints} kept")
