@@ -179,7 +179,7 @@ class ShardEncoder:
         if not self._config.encode.sample_posterior:
             return None
         side = self._config.encode.image_size // self._vae.factor
-        rows = torch.tensor([xxhash.xxh32_intdigest(path) for path in paths])
+        rows = torch.tensor([xxhash.xxh32_intdigest(path.encode()) for path in paths])
         return normal(self._config.run.seed, Stream.POSTERIOR, flip, rows, (self._vae.channels, side, side))
 
     def _record(self, shard: Shard, latents: np.ndarray, chunk: int, skipped: list[str]) -> None:
