@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DiCo-L":    Architecture(352, (9, 8, 9, 8, 9), 2),
     "DiCo-XL":   Architecture(416, (9, 9, 10, 9, 9), 2),
     "DiCo-H":    Architecture(416, (14, 12, 10, 12, 14), 4),
-    "DiCo-tiny": Architecture(64, (2, 2, 2, 2, 2), 2),
+    "DiCo-tiny": Architecture(48, (2, 2, 2, 2, 2), 2),
 }  # fmt: skip
 
 Depths = tuple[int, int, int, int, int]
@@ -376,7 +376,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{path} is not a setting{nearest(path)}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return str(first.get("ctx", {}).get("error", first["msg"]))
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{path}: {first['input']!r}: {message}; change {path}"
 

@@ -127,16 +127,14 @@ class Totals:
 
     def merge(self, other: Totals) -> None:
         self.moments = self.moments.merge(other.moments)
-        self.right += other.right
-        self.seen += other.seen
+        self.right = self.right + other.right  # not in place: what comes from Ray's object store is read-only
+        self.seen = self.seen + other.seen
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         return self.moments.compute()
 
 
-def _measure(
-    config: Config, folders: dict[str, ImageFolder], storages: dict[str, Storage]
-) -> dict[str, Totals]:
+def _measure(config: Config, folders: dict[str, ImageFolder], storages: dict[str, Storage]) -> dict[str, Totals]:
     """Both folders through one pool."""
     gpu = cluster.uses_gpu(config.resources)
     actors = config.resources.actors
@@ -152,9 +150,7 @@ def _measure(
     totals: dict[str, Totals] = {}
     done = 0
     with Progress("evaluate", sum(len(f.paths) for f in folders.values()), "images") as progress:
-        for (which, start, stop), part in pool.run(
-            lambda: actor.remote(config, folders, storages, gpu), actors, work
-        ):
+        for (which, start, stop), part in pool.run(lambda: actor.remote(config, folders, storages, gpu), actors, work):
             if which in totals:
                 totals[which].merge(part)
             else:

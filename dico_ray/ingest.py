@@ -40,11 +40,12 @@ class WindowReader:
     order: SampleOrder
     world_size: int
     flip: bool
+    first_window: int
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """Window numbers {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
-        for window in batch["id"]:
-            yield from self.blocks(int(window))
+    def __call__(self, batch: Any) -> Iterator[dict[str, np.ndarray]]:
+        """Windows counted from the first one, {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
+        for number in batch["id"]:
+            yield from self.blocks(self.first_window + int(number))
 
     def blocks(self, window: int) -> Iterator[dict[str, np.ndarray]]:
         """One block a rank: step, row, key, label (R,) and latents (R, C, H, W), R = steps * rows of a rank."""
@@ -68,7 +69,7 @@ class WindowReader:
         chunks = self.order.chunks_of(keys)
         with ThreadPoolExecutor(_RANGE_REQUESTS) as pool:
             read = list(pool.map(lambda chunk: read_chunk(self.storage, self.manifest, chunk), chunks))
-        held = np.concatenate([np.arange(self.order.chunk_starts[c], self.order.chunk_starts[c + 1]) for c in chunks])
+        held = np.concatenate([self.order.chunk_keys(chunk) for chunk in chunks])
         # Chunks are ascending, so `held` is sorted and each key is found by bisection.
         places = np.searchsorted(held, keys)
         pairs = np.concatenate([samples.latents for samples in read])
@@ -83,21 +84,17 @@ def sample_order(config: Config, manifest: Manifest) -> SampleOrder:
 
 def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray.data.Dataset:
     """The windows that hold steps [start_step, train.steps), read ahead of training by data.read_tasks tasks."""
-    reader = WindowReader(
-        Storage(config.data.latents),
-        manifest,
-        sample_order(config, manifest),
-        config.train.num_workers,
-        config.train.flip,
-    )
-    first = reader.order.window_of(start_step)
-    windows = reader.order.window_of(config.train.steps - 1) + 1 - first
+    order, train = sample_order(config, manifest), config.train
+    first = order.window_of(start_step)
+    windows = order.window_of(train.steps - 1) + 1 - first
+    storage = Storage(config.data.latents)
+    reader = WindowReader(storage, manifest, order, train.num_workers, train.flip, first)
     dataset = ray.data.range(windows, override_num_blocks=min(windows, _MOST_TASKS))
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.
     dataset.context.target_max_block_size = int(0.8 * _block_bytes(reader))
     return dataset.map_batches(
-        lambda batch: reader({"id": batch["id"] + first}),
+        reader,
         batch_size=None,
         num_cpus=READ_TASK_CPUS,
         concurrency=config.data.read_tasks,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from dico_ray.config import UserError
 
@@ -30,7 +30,8 @@ def run(make_actor: Callable[[], Any], size: int, work: Sequence[Any]) -> Iterat
     """Yields (piece, result) for every piece of `work`, in the order they are finished.
 
     make_actor: starts an actor with a method `work(piece)`. size: actors at a time. An exception that the
-    method raises is raised here. Raises PoolError if an actor cannot start, and after five deaths of actors with no piece finished between.
+    method raises is raised here. Raises PoolError if an actor cannot start, and after five deaths
+    of actors with no piece finished between.
     """
     waiting = deque(work)
     idle = [make_actor() for _ in range(min(size, len(waiting)))]
@@ -56,7 +57,7 @@ def run(make_actor: Callable[[], Any], size: int, work: Sequence[Any]) -> Iterat
                 waiting.appendleft(piece)
                 idle.append(make_actor())
                 continue
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, UserError) else error) from None
             deaths = 0
             idle.append(actor)

@@ -57,7 +57,8 @@ class Storage:
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """A file's bytes, or those in [start, stop). Raises FileNotFoundError."""
-        return self._open[0].cat_file(self.path(name), start=start, end=stop)
+        data = self._open[0].cat_file(self.path(name), start=start, end=stop)
+        return data if isinstance(data, bytes) else data.encode()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file that other readers see whole or not at all."""

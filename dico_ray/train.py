@@ -142,7 +142,7 @@ def _display(config: Config, recorder: Any, start: int) -> Iterator[None]:
         with Progress("train", config.train.steps, "steps", start) as progress:
             while True:
                 over = stop.wait(_POLL_S)
-                latest = ray.get(recorder.latest.remote())
+                latest: dict[str, Any] = ray.get(recorder.latest.remote())
                 if latest:
                     text = f"{latest['images_per_s']:.0f} images/s, loss {latest['loss']:.4f}"
                     progress.update(latest["step"], text)

@@ -23,12 +23,12 @@ class Autoencoder:
 
     def __init__(self, path: str, precision: str, device: torch.device) -> None:
         """path: a folder or a hub id. Raises ConfigError if nothing loads from it, or a local folder is absent."""
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
             raise ConfigError(f"codec.vae: {path} is not a folder; name a diffusers AutoencoderKL folder or a hub id")
         try:
-            vae = AutoencoderKL.from_pretrained(path, torch_dtype=_DTYPES[precision])
+            vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=_DTYPES[precision], low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"codec.vae: cannot load an AutoencoderKL from {path!r}: {reason}") from None
@@ -55,7 +55,7 @@ class Autoencoder:
         """
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
         images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
-        posterior = self._vae.encode(images).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        posterior = self._vae.encode(images).latent_dist
         latents = posterior.mean.float()
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(self._device)

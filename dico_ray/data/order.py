@@ -44,6 +44,10 @@ class SampleOrder:
         """Key of each chunk's first sample, and after the last the number of samples: (chunks + 1,)."""
         return np.concatenate([[0], np.cumsum(self.chunk_sizes)])
 
+    def chunk_keys(self, chunk: int) -> np.ndarray:
+        """Keys of a chunk's samples, ascending."""
+        return np.arange(int(self.chunk_starts[chunk]), int(self.chunk_starts[chunk + 1]))
+
     @property
     def epoch_samples(self) -> int:
         return int(self.chunk_starts[-1])
@@ -87,9 +91,9 @@ class SampleOrder:
         chunks = _generator(self.seed, _CHUNKS, epoch).permutation(len(self.chunk_sizes))
         ends = np.cumsum(np.asarray(self.chunk_sizes)[chunks])
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        keys = [np.arange(self.chunk_starts[c], self.chunk_starts[c + 1]) for c in chunks[first : last + 1]]
-        skipped = start - (ends[first] - self.chunk_sizes[chunks[first]])
-        return np.concatenate(keys)[skipped : skipped + stop - start]
+        keys = np.concatenate([self.chunk_keys(int(c)) for c in chunks[first : last + 1]])
+        skipped = start - int(ends[first] - self.chunk_sizes[int(chunks[first])])
+        return keys[skipped : skipped + stop - start]
 
     def _shuffle(self, keys: np.ndarray, epoch: int, window: int) -> np.ndarray:
         return _generator(self.seed, _SAMPLES, epoch, window).permutation(keys)

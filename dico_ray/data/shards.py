@@ -147,7 +147,7 @@ def write_shard(
     keys: at most 80 ASCII characters without dots. latents: (N, 2, C, H, W) float16. labels: N of 0 or more.
     Raises ShardError for values that float16 cannot hold or that are not finite.
     """
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     bad = ~np.isfinite(latents).all(axis=(1, 2, 3, 4))
     if bad.any():

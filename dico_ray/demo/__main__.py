@@ -26,7 +26,7 @@ _STEPS = (
 
 def main() -> int:
     """Exit code 0 if every verb succeeded, otherwise the failing verb's."""
-    parser = argparse.ArgumentParser(prog="python -m dico_ray.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m dico_ray.demo", description="The main job on digits.")
     parser.add_argument("--storage", default="runs", help="folder for the demo's data and run [runs]")
     storage = parser.parse_args().storage
     began = time.monotonic()

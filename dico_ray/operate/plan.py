@@ -106,8 +106,13 @@ def main(config: Config, *, verbose: bool = False) -> None:
         m = state_memory(count, stage, train.num_workers, train.precision)
         mark = "  <- train.zero_stage" if stage == train.zero_stage else ""
         values = (m.weights, m.gradients, m.optimizer, m.ema, m.total)
-        print(f"  {stage}    " + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(values, (9, 11, 11, 8, 9), strict=True)) + mark)
-    print(f"\nshards       {shard_bytes(config, 1):,} bytes a sample, "
-          f"{shard_bytes(config, 1_281_167) / 1e9:.1f} GB for ImageNet's 1,281,167 images")
-    print(f"checkpoint   {count * 16 / 1e9:.2f} GB (weights, two moments, EMA; fp32), "
-          f"{train.keep_checkpoints} kept")
+        print(
+            f"  {stage}    "
+            + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(values, (9, 11, 11, 8, 9), strict=True))
+            + mark
+        )
+    print(
+        f"\nshards       {shard_bytes(config, 1):,} bytes a sample, "
+        f"{shard_bytes(config, 1_281_167) / 1e9:.1f} GB for ImageNet's 1,281,167 images"
+    )
+    print(f"checkpoint   {count * 16 / 1e9:.2f} GB (weights, two moments, EMA; fp32), {train.keep_checkpoints} kept")

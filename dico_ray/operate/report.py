@@ -43,21 +43,25 @@ def render(config: Config, run: Storage, metrics: list[dict[str, Any]]) -> str:
     evaluation = _json(run, RESULT)
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     judged = evaluation["judge"] if evaluation else None
-    return Environment(autoescape=True).from_string(page).render(
-        name=config.run.name,
-        folder=run.url,
-        config=trained,
-        model=trained.model.name,
-        parameters=parameter_count(trained.model),
-        last=metrics[-1],
-        rate=median(m["images_per_s"] for m in metrics),
-        loss_plot=loss_plot(metrics),
-        grid=base64.b64encode(samples.read(GRID)).decode() if made else None,
-        grid_text=_grid_text(made) if made else "",
-        evaluation=evaluation,
-        by_class=list(zip(made["classes"], judged["images_by_class"], strict=False)) if judged and made else [],
-        facts=_facts(made, evaluation),
-        settings=trained.to_yaml(),
+    return (
+        Environment(autoescape=True)
+        .from_string(page)
+        .render(
+            name=config.run.name,
+            folder=run.url,
+            config=trained,
+            model=trained.model.name,
+            parameters=parameter_count(trained.model),
+            last=metrics[-1],
+            rate=median(m["images_per_s"] for m in metrics),
+            loss_plot=loss_plot(metrics),
+            grid=base64.b64encode(samples.read(GRID)).decode() if made else None,
+            grid_text=_grid_text(made) if made else "",
+            evaluation=evaluation,
+            by_class=list(zip(made["classes"], judged["images_by_class"], strict=False)) if judged and made else [],
+            facts=_facts(made, evaluation),
+            settings=trained.to_yaml(),
+        )
     )
 
 
@@ -78,7 +82,8 @@ def _grid_text(made: dict[str, Any]) -> str:
     columns = ", ".join(made["classes"][:10])
     weights = "EMA weights" if made["weights"] == "ema" else "raw weights"
     return (
-        f"One column per class ({columns}): {weights} of step {made['step']}, {made['method']} in {made['steps']} steps, "
+        f"One column per class ({columns}): {weights} of step {made['step']}, "
+        f"{made['method']} in {made['steps']} steps, "
         f"guidance {made['guidance_scale']} on {made['guidance_channels']} channels, seed {made['seed']}."
     )
 

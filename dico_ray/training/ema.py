@@ -26,7 +26,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            self._averages, self._weights, 1 - self.decay
+        )
 
     def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
         """read(name, start, stop) gives fp32 elements of a flattened parameter's average."""

@@ -63,6 +63,8 @@ class Engine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
+        # DeepSpeed would compile a shared-memory all-reduce for CPU workers: a minute, and a C++ compiler, for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

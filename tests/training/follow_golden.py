@@ -1,0 +1,106 @@
+"""One rank of `torchrun`: follows the 20 recorded training steps of golden/training.npz with the engine.
+
+    torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]'
+
+Writes, for each of the settings, the relative L2 errors of losses, gradient norms, weights and EMA.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dico_ray.config import build
+from dico_ray.diffusion.process import Diffusion
+from dico_ray.models import DiCo
+from dico_ray.storage import Storage
+from dico_ray.training import checkpoint as checkpoints
+from dico_ray.training.checkpoint import Checkpoint
+from dico_ray.training.ema import EMA
+from dico_ray.training.engine import Engine
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TINY, TRAINING = np.load(GOLDEN / "model_tiny.npz"), np.load(GOLDEN / "training.npz")
+BATCH, STEPS = 8, 20
+
+
+def make(settings: dict[str, Any]) -> tuple[Engine, EMA]:
+    model = DiCo(
+        int(TINY["hidden_size"]), tuple(TINY["depths"].tolist()), int(TINY["ffn_ratio"]), int(TINY["num_classes"]),
+        class_dropout_prob=0.0,
+    )  # fmt: skip
+    model.load_state_dict({name[2:]: torch.from_numpy(TINY[name]) for name in TINY.files if name.startswith("w:")})
+    train = build({
+        "train": {
+            "global_batch": BATCH, "num_workers": dist.get_world_size(), "lr": float(TRAINING["lr"]),
+            "betas": TRAINING["betas"].tolist(), **settings,
+        }
+    }).train  # fmt: skip
+    engine = Engine(model, train, torch.device("cpu"))
+    return engine, EMA(engine, float(TRAINING["ema_decay"]))
+
+
+def take_step(engine: Engine, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    share, size = BATCH // engine.world_size, engine.micro_batch
+    total, norm = torch.zeros(()), None
+    for at in range(engine.rank * share, (engine.rank + 1) * share, size):
+        rows = slice(at, at + size)
+        x0, noise = (torch.from_numpy(TRAINING[k][step][rows]).float() for k in ("x0", "noise"))
+        t, y = (torch.from_numpy(TRAINING[k][step][rows]) for k in ("t", "y"))
+        loss = Diffusion().training_losses(engine, x0, t, noise, y=y)["loss"].mean()
+        norm = engine.backward(loss)
+        total += loss.detach() * size / share
+    assert norm is not None
+    return total, norm
+
+
+def error(found: Any, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+
+
+def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
+    """Half the steps, a checkpoint into a fresh engine, and the other half."""
+    engine, ema = make(settings)
+    losses, norms = [], []
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            checkpoints.save(folder, step, engine, ema, {})
+            engine.close()
+            engine, ema = make(settings)
+            checkpoints.restore(Checkpoint.open(folder.at(checkpoints.folder_name(step))), engine, ema)
+        loss, norm = take_step(engine, step)
+        ema.update()
+        losses.append(engine.mean(loss[None])[0])
+        norms.append(float(norm))
+    checkpoints.save(folder, STEPS, engine, ema, {})
+    engine.close()
+    saved = Checkpoint.open(folder.at(checkpoints.folder_name(STEPS)))
+    errors = {"loss": error(losses, TRAINING["losses"]), "grad_norm": error(norms, TRAINING["gradient_norms"])}
+    for kind, prefix in (("weight", "w:"), ("ema", "ema:")):
+        tensors = saved.tensors(kind)
+        names = [n for n in TRAINING.files if n.startswith(prefix)]
+        errors[kind] = max(error(tensors[n[len(prefix) :]].numpy(), TRAINING[n]) for n in names)
+        all_norms = np.array([float(tensors[str(n)].norm()) for n in TRAINING["names"]])
+        errors[f"{kind}_norms"] = error(all_norms, TRAINING["weight_norms" if kind == "weight" else "ema_norms"])
+    return errors
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    output = Storage(sys.argv[1])
+    cases = json.loads(sys.argv[2])
+    results = [follow(settings, output.at(f"case-{i}")) for i, settings in enumerate(cases)]
+    if dist.get_rank() == 0:
+        output.write("errors.json", json.dumps(results).encode())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

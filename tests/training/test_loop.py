@@ -1,0 +1,114 @@
+"""The loop without Ray, on one process: accumulation, warm-up, divergence, and what it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from dico_ray.config import Config, build
+from dico_ray.data.shards import LatentBatch
+from dico_ray.models import create_model
+from dico_ray.training.ema import EMA
+from dico_ray.training.engine import Engine
+from dico_ray.training.loop import DivergedError, learning_rate, train_loop
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+class Recorded:
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self.saved: list[int] = []
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+
+    def save(self, step: int) -> None:
+        self.saved.append(step)
+
+
+def _config(**settings: Any) -> Config:
+    return build({
+        "model": {"hidden_size": 8, "depths": [1] * 5, "num_classes": 10, "latent_size": 8},
+        "train": {"global_batch": 8, "steps": 6, "precision": "fp32", "log_every": 1, "ema_decay": 0.9,
+                  "lr": 1e-3, "checkpoint_every": 4, **settings},
+    })  # fmt: skip
+
+
+def _batches(steps: int, nan_at: int = -1) -> Iterator[LatentBatch]:
+    rng = np.random.default_rng(1)
+    for step in range(steps):
+        latents = rng.standard_normal((8, 4, 8, 8)).astype(np.float16)
+        if step == nan_at:
+            latents[3, 0, 0, 0] = np.nan
+        yield LatentBatch(step, np.arange(8), latents, rng.integers(0, 10, 8), np.arange(8))
+
+
+def _run(config: Config, batches: Iterator[LatentBatch]) -> tuple[Recorded, torch.Tensor]:
+    torch.manual_seed(0)
+    model = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=10, class_dropout_prob=0.0)
+    engine = Engine(model, config.train, torch.device("cpu"))
+    ema, report = EMA(engine, config.train.ema_decay), Recorded()
+    train_loop(config, engine, ema, batches, report)
+    average = torch.cat([t.clone() for t in ema.tensors()])
+    engine.close()
+    return report, average
+
+
+def test_accumulated_steps_equal_undivided_ones() -> None:
+    whole, average = _run(_config(), _batches(6))
+    parts, accumulated = _run(_config(micro_batch=2), _batches(6))
+    for a, b in zip(whole.metrics, parts.metrics, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert float((average - accumulated).norm() / average.norm()) < 1e-4
+
+
+def test_it_logs_and_saves_when_told_and_stops_at_the_last_step() -> None:
+    report, _ = _run(_config(log_every=4), _batches(50))
+    assert [m["step"] for m in report.metrics] == [4, 6]
+    assert report.saved == [4, 6]
+    assert {"loss", "mse", "vb", "grad_norm", "lr", "images_per_s", "data_wait"} <= report.metrics[0].keys()
+
+
+def test_a_logged_loss_is_the_mean_since_the_last_one() -> None:
+    each, _ = _run(_config(), _batches(6))
+    pairs, _ = _run(_config(log_every=2), _batches(6))
+    losses = [m["loss"] for m in each.metrics]
+    means = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert [m["loss"] for m in pairs.metrics] == pytest.approx(means, rel=1e-5)
+
+
+def test_other_seeds_draw_other_noise() -> None:
+    one, _ = _run(_config(), _batches(1))
+    other, _ = _run(build({**_config().model_dump(), "run": {"seed": 9}}), _batches(1))
+    assert abs(one.metrics[0]["loss"] - other.metrics[0]["loss"]) > 1e-4
+
+
+def test_clipping_bounds_the_step_and_the_logged_norm_is_from_before() -> None:
+    free, _ = _run(_config(steps=1), _batches(1))
+    clipped, _ = _run(_config(steps=1, grad_clip=1e-3), _batches(1))
+    assert clipped.metrics[0]["grad_norm"] == pytest.approx(free.metrics[0]["grad_norm"], rel=1e-4)
+    assert free.metrics[0]["grad_norm"] > 1e-3
+
+
+def test_a_loss_that_is_not_finite_is_told() -> None:
+    with pytest.raises(DivergedError, match=r"the loss is nan .* step 3; lower train\.lr"):
+        _run(_config(), _batches(6, nan_at=2))
+
+
+def test_the_warm_up_is_linear_and_ends_at_lr() -> None:
+    config = _config(warmup_steps=4)
+    assert [learning_rate(config, step) for step in range(6)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert learning_rate(_config(), 0) == 1e-3
