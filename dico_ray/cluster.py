@@ -20,8 +20,11 @@ def connect(verbose: bool) -> None:
         quiet()
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+    level = logging.INFO if verbose else logging.ERROR
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=verbose, logging_level=level)
+    else:
+        ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
@@ -29,8 +32,8 @@ def connect(verbose: bool) -> None:
 
 def quiet() -> None:
     """Only warnings that a user can act on: those of this project."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     warnings.simplefilter("ignore")
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "diffusers", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -40,9 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": {"window_samples": 2560, "read_tasks": 1},
         "encode": {"image_size": 32, "batch_size": 100, "shard_samples": 500, "chunk_bytes": 131_072},
         "train": {
-            "global_batch": 128, "lr": 1e-3, "warmup_steps": 50, "steps": 900, "num_workers": 2,
+            "global_batch": 128, "lr": 2e-3, "warmup_steps": 50, "steps": 1000, "num_workers": 2,
             "flip": False, "ema_decay": 0.995, "precision": "fp32", "zero_stage": 2, "grad_clip": 1.0,
-            "checkpoint_every": 300, "log_every": 10,
+            "checkpoint_every": 500, "log_every": 10,
         },
         "sample": {"count": 1000, "steps": 50, "guidance_scale": 1.5, "guidance_channels": "all", "batch_size": 100},
         "evaluate": {

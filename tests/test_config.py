@@ -138,7 +138,8 @@ def test_nearest_without_anything_near() -> None:
 @pytest.mark.parametrize("section", SECTION_NAMES)
 def test_every_setting_is_documented_under_itself(section: str) -> None:
     model = Config.model_fields[section].annotation
-    assert model is not None
+    assert isinstance(model, type)
+    assert issubclass(model, settings.Section)
     assert model.__doc__ or section == "resources"
     found = fields(section)
     assert [field.path for field in found] == [f"{section}.{name}" for name in model.model_fields]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webdataset.compat import WebDataset
 
 from dico_ray.config import ConfigError
 from dico_ray.data.shards import MANIFEST, Manifest, Samples, ShardError, read_chunk, sample_bytes, write_shard
@@ -93,7 +93,7 @@ def test_any_float16_survives(storage: Storage) -> None:
 def test_stock_webdataset_reads_a_shard(storage: Storage) -> None:
     keys, latents, labels = draw(7)
     write_shard(storage, "shard.tar", keys, latents, labels, 3)
-    found = list(webdataset.WebDataset(storage.path("shard.tar"), shardshuffle=False).decode())
+    found = list(WebDataset(storage.path("shard.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in found] == keys
     assert [sample["cls"] for sample in found] == labels
     assert all(sample["latent.npy"].dtype == np.float16 for sample in found)

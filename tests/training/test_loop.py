@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from dico_ray.config import Config, build
 from dico_ray.data.shards import LatentBatch
@@ -17,13 +16,7 @@ from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
 from dico_ray.training.loop import DivergedError, learning_rate, train_loop
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_process")]
 
 
 class Recorded:
