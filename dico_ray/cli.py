@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dico_ray.config import SECTION_NAMES, Config, ConfigError, UserError, fields, nearest
+from dico_ray.config import SECTION_NAMES, Config, ConfigError, Setting, UserError, fields, nearest
 from dico_ray.recipes import RECIPES, resolve
 
 #         verb:      (module,                  what it does,                            the sections it reads)
@@ -88,21 +88,25 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, bool]:
             raise ConfigError(f"--{name} is not a setting{nearest(name)}")
         raise ConfigError(f"{word!r} stands alone; write settings as --section.setting value")
     overrides: dict[str, Any] = {}
-    for path, text in vars(known).items():
-        if "." in path and text is not None:
-            section, name = path.split(".")
-            overrides.setdefault(section, {})[name] = _value(path, text)
+    for field in (field for section in SECTION_NAMES for field in fields(section)):
+        text = vars(known)[field.path]
+        if text is not None:
+            section, name = field.path.split(".")
+            overrides.setdefault(section, {})[name] = _value(field, text)
     return resolve(known.recipe, known.config, overrides), known.verbose
 
 
-def _value(path: str, text: str) -> Any:
-    """Command-line text -> the value to validate: lists and null as YAML, all else as it stands."""
-    if not (text.startswith(("[", "(")) or text in ("null", "none", "None")):
+def _value(field: Setting, text: str) -> Any:
+    """Command-line text -> the value to validate: lists as YAML, null where it can be unset, all else as it stands."""
+    kind = str(field.annotation)
+    if text in ("null", "none", "None") and "None" in kind:
+        return None
+    if "tuple" not in kind:
         return text
     try:
-        return yaml.safe_load(text.lower().replace("(", "[").replace(")", "]").replace("none", "null"))
+        return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError:
-        raise ConfigError(f"--{path} {text}: write a list as [1,2]") from None
+        raise ConfigError(f"--{field.path} {text}: write a list as [1,2]") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(Exception):
@@ -166,7 +166,7 @@ class Train(Section):
     "Samples of one forward pass on one worker; gradients accumulate to the global batch. Unset: no accumulation."
     num_workers: int = Field(1, ge=1)
     "Training workers (one GPU each, where there are GPUs)."
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     "Learning rate of AdamW, constant after the warm-up."
     warmup_steps: int = Field(0, ge=0)
     "Steps over which the learning rate rises linearly from zero."
@@ -211,9 +211,9 @@ class Sample(Section):
     "Steps of the sampler."
     method: Literal["ddpm", "ddim"] = "ddpm"
     "ADM's respaced ancestral sampler, or DDIM with eta 0."
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     "Classifier-free guidance u + scale (c - u); 1 is none."
-    guidance_channels: Literal["3", "all"] = "3"
+    guidance_channels: Annotated[Literal["3", "all"], BeforeValidator(str)] = "3"
     "Latent channels that guidance acts on: the first three (the published FIDs) or all (diffusers)."
     guidance_interval: tuple[Timestep, Timestep] | None = None
     "Guide only between these timesteps (lowest, highest), as [lo, hi]. Unset: always."
@@ -277,15 +277,15 @@ class Config(Section):
 
     recipe: str = ""
     "Name of the recipe that the settings started from."
-    run: Run = Run()  # pyright: ignore[reportCallIssue]
-    model: Model = Model()  # pyright: ignore[reportCallIssue]
-    codec: Codec = Codec()
-    data: Data = Data()  # pyright: ignore[reportCallIssue]
-    encode: Encode = Encode()  # pyright: ignore[reportCallIssue]
-    train: Train = Train()  # pyright: ignore[reportCallIssue]
-    sample: Sample = Sample()  # pyright: ignore[reportCallIssue]
-    evaluate: Evaluate = Evaluate()  # pyright: ignore[reportCallIssue]
-    resources: Resources = Resources()  # pyright: ignore[reportCallIssue]
+    run: Run = Field(default_factory=lambda: Run.model_validate({}))
+    model: Model = Field(default_factory=lambda: Model.model_validate({}))
+    codec: Codec = Field(default_factory=lambda: Codec.model_validate({}))
+    data: Data = Field(default_factory=lambda: Data.model_validate({}))
+    encode: Encode = Field(default_factory=lambda: Encode.model_validate({}))
+    train: Train = Field(default_factory=lambda: Train.model_validate({}))
+    sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
+    evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
+    resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
@@ -315,7 +315,7 @@ def _divisor_hint(number: int) -> str:
     return ", ".join(map(str, divisors[:-1])) + (" or " if len(divisors) > 1 else "") + str(divisors[-1])
 
 
-class Field_(NamedTuple):
+class Setting(NamedTuple):
     """One leaf of the config tree, for the command line's help and the name checks."""
 
     path: str
@@ -324,13 +324,13 @@ class Field_(NamedTuple):
     doc: str
 
 
-def fields(section: str) -> list[Field_]:
+def fields(section: str) -> list[Setting]:
     """The settings of one section, with the text that stands under each."""
     model = Config.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, Section)
     docs = _field_docs()[model.__name__]
     return [
-        Field_(f"{section}.{name}", info.default, info.annotation, docs[name])
+        Setting(f"{section}.{name}", info.default, info.annotation, docs[name])
         for name, info in model.model_fields.items()
     ]
 
@@ -383,13 +383,13 @@ def _one_line(error: ValidationError) -> str:
 
 def nearest(path: str) -> str:
     """`; did you mean X?` for a setting's name that does not exist, or an empty string."""
-    known = [field.path for section in SECTION_NAMES for field in fields(section)]
+    known = [*SECTION_NAMES, *(field.path for section in SECTION_NAMES for field in fields(section))]
     close = difflib.get_close_matches(path, known, n=1) or difflib.get_close_matches(
         path.split(".")[-1], [name.split(".")[-1] for name in known], n=1
     )
     if not close:
-        return "; see `dico-ray train --help` for all of them"
-    name = close[0] if "." in close[0] else next(k for k in known if k.endswith("." + close[0]))
+        return "; see `dico-ray VERB --help` for the settings of a verb"
+    name = close[0] if close[0] in known else next(k for k in known if k.endswith("." + close[0]))
     return f"; did you mean {name}?"
 
 

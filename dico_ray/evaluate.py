@@ -46,7 +46,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
             f"{', '.join(folders['reference'].classes)}; name a reference of the same classes"
         )
     record = provenance(config, images, Storage(reference), features, judge, folders)
-    target, name = _target(config)
+    target, name = result_file(config)
     if target.exists(name) and json.loads(target.read(name)).get("provenance") == record:
         print(f"evaluate: {target.path(name)} has this result: nothing to do")
         return
@@ -58,7 +58,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         "features": features.config.name,
         "images": len(folders["images"].paths),
         "reference_images": len(folders["reference"].paths),
-        "judge": _judge_rates(judge, totals),
+        "judge": _judge_rates(judge, totals, folders["images"].classes),
         "provenance": record,
     }
     target.write(name, json.dumps(result, indent=1).encode())
@@ -80,7 +80,8 @@ def _classifier(path: str, setting: str) -> ImageClassifier:
         raise ConfigError(f"{setting}: {error}") from None
 
 
-def _target(config: Config) -> tuple[Storage, str]:
+def result_file(config: Config) -> tuple[Storage, str]:
+    """Where the result goes: a folder, and a name in it."""
     if not config.evaluate.output:
         return Storage(config.run.folder), RESULT
     folder, _, name = config.evaluate.output.rpartition("/")
@@ -204,13 +205,15 @@ class JudgeActor:
         return np.stack(images)
 
 
-def _judge_rates(judge: ImageClassifier | None, totals: dict[str, Totals]) -> dict[str, Any] | None:
+def _judge_rates(
+    judge: ImageClassifier | None, totals: dict[str, Totals], classes: Sequence[str]
+) -> dict[str, Any] | None:
     """The share of images read as their class: of those judged, of real ones, and by class."""
     if judge is None:
         return None
     rate = {which: float(total.right.sum() / total.seen.sum()) for which, total in totals.items()}
     by_class = totals["images"].right / np.maximum(totals["images"].seen, 1)
-    return {"name": judge.config.name, **rate, "images_by_class": by_class.tolist()}
+    return {"name": judge.config.name, **rate, "by_class": dict(zip(classes, by_class.tolist(), strict=True))}
 
 
 def _tell(result: dict[str, Any], path: str) -> None:

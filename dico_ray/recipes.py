@@ -62,8 +62,10 @@ def resolve(recipe: str | None, config_file: str | None, overrides: dict[str, An
     """
     from_file = read_yaml(config_file) if config_file else {}
     name = recipe or from_file.get("recipe") or ""
+    if not isinstance(name, str):
+        raise ConfigError(f"recipe: {name!r} must be a name; take one of {', '.join(RECIPES)}")
     if name and name not in RECIPES:
-        close = difflib.get_close_matches(str(name), RECIPES, n=1)
+        close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(RECIPES)}"
         raise ConfigError(f"recipe {name!r} is unknown; {hint}")
     settings = merge(merge(RECIPES.get(name, {}), from_file), overrides)

@@ -42,7 +42,7 @@ WRONG = {
     "no value": (["plan", "--train.lr"], "--train.lr"),
     "a stray word": (["plan", "now"], "'now' stands alone"),
     "an abbreviation": (["plan", "--train.weight", "0"], "train.weight"),
-    "no name": (["plan", "--run.name", "null"], "run.name"),
+    "no name": (["plan", "--run.name", "a b"], "run.name"),
 }
 
 

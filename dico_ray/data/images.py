@@ -47,9 +47,12 @@ def load_image(data: bytes, name: str) -> Image.Image:
     """Encoded bytes -> an RGB image. Raises ImageError for what is no image, or one that is torn."""
     try:
         image = Image.open(io.BytesIO(data))
-        return image.convert("RGB")
+        image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: {error}") from None
+    if image.mode.startswith(("I", "F")):  # Pillow would clip their 16 bits to white
+        raise ImageError(f"{name}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -15,6 +15,12 @@ from dico_ray.config import ConfigError
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def _load(kind: Any, path: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    return kind.from_pretrained(
+        path, torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+    )
+
+
 class Autoencoder:
     """uint8 pixels (B, H, W, 3) <-> scaled latents (B, C, H/f, W/f) of about unit variance.
 
@@ -28,10 +34,20 @@ class Autoencoder:
         if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
             raise ConfigError(f"codec.vae: {path} is not a folder; name a diffusers AutoencoderKL folder or a hub id")
         try:
-            vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=_DTYPES[precision], low_cpu_mem_usage=False)
-        except (OSError, ValueError, KeyError) as error:
+            settings: Any = AutoencoderKL.load_config(path)
+            vae, loaded = _load(AutoencoderKL, path, _DTYPES[precision])
+        except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"codec.vae: cannot load an AutoencoderKL from {path!r}: {reason}") from None
+        if settings["_class_name"] != "AutoencoderKL":
+            raise ConfigError(
+                f"codec.vae: {path} holds a {settings['_class_name']}, not an AutoencoderKL; name another"
+            )
+        if loaded["missing_keys"]:  # diffusers fills them with random numbers
+            raise ConfigError(
+                f"codec.vae: the weights in {path} lack {len(loaded['missing_keys'])} tensors, among them "
+                f"{sorted(loaded['missing_keys'])[0]}; copy the file again"
+            )
         self._vae = vae.to(device).eval().requires_grad_(False)
         self._device, self._dtype = device, _DTYPES[precision]
         self.scale = float(vae.config["scaling_factor"])

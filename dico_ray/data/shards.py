@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ FORMAT = "dico-ray-latents/1"
 MANIFEST = "manifest.json"
 _BLOCK = 512  # of a tar archive
 _MTIME = 1  # an integer: otherwise each member gets a PAX header and the stride is lost
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -102,7 +104,7 @@ class Manifest:
         """
         try:
             raw = json.loads(storage.read(MANIFEST))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 f"data.latents: {storage.url} has no {MANIFEST}; name a folder that `dico-ray encode` finished"
             ) from None
@@ -116,12 +118,24 @@ class Manifest:
             pair = (int(raw["latent_size"][0]), int(raw["latent_size"][1]))
             tuples = {name: tuple(raw[name]) for name in ("classes", "skipped")}
             manifest = cls(**{**raw, **tuples, "shards": shards, "latent_size": pair})
-        except (TypeError, KeyError, IndexError) as error:
+        except (TypeError, KeyError, IndexError, ValueError) as error:
             raise ShardError(f"{storage.url}/{MANIFEST} lacks or misnames a field: {error}") from None
         manifest._check(storage)
         return manifest
 
     def _check(self, storage: Storage) -> None:
+        numbers = {
+            "chunk_samples": self.chunk_samples, "sample_bytes": self.sample_bytes, "channels": self.channels,
+            "latent_size": min(self.latent_size),
+            **{f"{shard.name}: count": shard.count for shard in self.shards},
+            **{f"{shard.name}: bytes": shard.bytes for shard in self.shards},
+        }  # fmt: skip
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ShardError(
+                    f"{storage.url}/{MANIFEST}: {name} is {value!r}, not a positive whole number; "
+                    "run `dico-ray encode` again"
+                )
         for shard in self.shards:
             chunks = -(-shard.count // self.chunk_samples)
             if shard.count < 1 or len(shard.hashes) != chunks or shard.bytes < shard.count * self.sample_bytes:
@@ -144,11 +158,19 @@ def write_shard(
 ) -> Shard:
     """Writes one shard (whole or not at all) and says what the manifest needs to know of it.
 
-    keys: at most 80 ASCII characters without dots. latents: (N, 2, C, H, W) float16. labels: N of 0 or more.
-    Raises ShardError for values that float16 cannot hold or that are not finite.
+    keys: different, at most 80 letters, digits, - and _. latents: (N, 2, C, H, W) float16. labels: N of 0 or more.
+    Raises ShardError for another shape or dtype, for values that are not finite (also beyond float16), and for keys
+    that readers could take apart wrongly.
     """
     from webdataset.writer import TarWriter
 
+    if latents.dtype != np.float16 or latents.ndim != 5 or latents.shape[1] != 2:
+        raise ShardError(f"{name}: latents are {latents.dtype} {latents.shape}, not float16 (N, 2, C, H, W)")
+    wrong = next((key for key in keys if not _KEY.fullmatch(key)), None)
+    if wrong is not None or len(set(keys)) != len(keys):
+        raise ShardError(
+            f"{name}: keys must differ and be 1 to 80 letters, digits, - and _; found {wrong or 'twins'!r}"
+        )
     bad = ~np.isfinite(latents).all(axis=(1, 2, 3, 4))
     if bad.any():
         key = keys[int(bad.argmax())]
@@ -156,8 +178,6 @@ def write_shard(
     buffer = io.BytesIO()
     writer = TarWriter(buffer, mtime=_MTIME)
     for key, pair, label in zip(keys, latents, labels, strict=True):
-        if len(key) > 80 or "." in key or not key.isascii():
-            raise ShardError(f"{name}: key {key!r} must be at most 80 ASCII characters without dots")
         writer.write({"__key__": key, "latent.npy": pair, "cls": str(int(label))})
     writer.close()
     data = buffer.getvalue()

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from dico_ray.config import Config, ConfigError, build, read_yaml
-from dico_ray.evaluate import RESULT
+from dico_ray.evaluate import result_file
 from dico_ray.operate.plan import parameter_count
 from dico_ray.sample import GRID, RECORD, output_folder
 from dico_ray.storage import Storage
@@ -40,7 +40,7 @@ def render(config: Config, run: Storage, metrics: list[dict[str, Any]]) -> str:
     trained = _trained_config(config, run)
     samples = output_folder(config)
     made = _json(samples, RECORD)
-    evaluation = _json(run, RESULT)
+    evaluation = _json(*result_file(config))
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     judged = evaluation["judge"] if evaluation else None
     return (
@@ -58,7 +58,7 @@ def render(config: Config, run: Storage, metrics: list[dict[str, Any]]) -> str:
             grid=base64.b64encode(samples.read(GRID)).decode() if made else None,
             grid_text=_grid_text(made) if made else "",
             evaluation=evaluation,
-            by_class=list(zip(made["classes"], judged["images_by_class"], strict=False)) if judged and made else [],
+            by_class=list(judged["by_class"].items()) if judged else [],
             facts=_facts(made, evaluation),
             settings=trained.to_yaml(),
         )

@@ -27,7 +27,7 @@ class MetricsLog:
         self._lines = [json.dumps(m) for m in read_metrics(storage) if m["step"] <= start_step]
         self._write_lines()
         self._board_folder = (
-            Path(storage.url) / _TENSORBOARD if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
+            Path(storage.path(_TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
         )
         self._board = SummaryWriter(str(self._board_folder), purge_step=start_step + 1)
 

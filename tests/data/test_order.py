@@ -75,6 +75,14 @@ def test_seeds_epochs_and_windows_differ() -> None:
         assert len(np.intersect1d(a[:window], b[:window])) < window / 2
 
 
+def test_epochs_within_one_window_differ() -> None:
+    """A data set smaller than a window, of one chunk: only the shuffle by sample tells its epochs apart."""
+    epochs = sequence(SampleOrder((100,), 50, 400, 0), 400).reshape(4, 100)
+    for a in range(4):
+        for b in range(a):
+            assert (epochs[a] == epochs[b]).sum() < 10
+
+
 def test_flips_are_fair_coins_and_differ_by_window_and_seed() -> None:
     order = SampleOrder((1000,) * 4, 500, 2000, 3)
     flips = np.stack([order.window_flips(window) for window in range(8)])

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from webdataset.compat import WebDataset
+from webdataset import WebDataset
 
 from dico_ray.config import ConfigError
 from dico_ray.data.shards import MANIFEST, Manifest, Samples, ShardError, read_chunk, sample_bytes, write_shard
@@ -241,7 +241,7 @@ def test_values_that_are_not_finite_are_not_written(storage: Storage, value: flo
 @pytest.mark.parametrize("key", ["a.b", "k" * 81, "ключ"])
 def test_keys_that_do_not_fit_are_not_written(storage: Storage, key: str) -> None:
     _, latents, labels = draw(2)
-    with pytest.raises(ShardError, match=r"bad\.tar: key .* at most 80 ASCII characters without dots"):
+    with pytest.raises(ShardError, match=r"bad\.tar: keys must differ and be 1 to 80 letters"):
         write_shard(storage, "bad.tar", ["ok", key], latents, labels, 2)
     assert storage.names() == []
 
