@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
 
 import ray
@@ -14,12 +16,15 @@ from dico_ray.config import ConfigError, Resources
 def connect(verbose: bool) -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts Ray on this machine.
 
-    Without `verbose` the log lines of Ray's own processes and of libraries stay in their files.
+    Without `verbose` the log lines of Ray's own processes and of libraries stay in their files, and those of Ray's
+    core in this process go to dico-ray-PID.log in the temporary folder.
     """
     if not verbose:
         quiet()
     if ray.is_initialized():
         return
+    if not verbose:
+        _mute_native_log()
     level = logging.INFO if verbose else logging.ERROR
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=verbose, logging_level=level)
@@ -30,9 +35,18 @@ def connect(verbose: bool) -> None:
     context.print_on_execution_start = verbose
 
 
+def _mute_native_log() -> None:
+    """Sends file descriptor 2, where Ray's C++ core logs past Python, to a file; Python keeps the terminal."""
+    terminal = os.dup(2)
+    path = os.path.join(tempfile.gettempdir(), f"dico-ray-{os.getpid()}.log")
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+
+
 def quiet() -> None:
     """Only warnings that a user can act on: those of this project."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.simplefilter("ignore")
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "diffusers", "DeepSpeed"):

@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": {"window_samples": 2560, "read_tasks": 1},
         "encode": {"image_size": 32, "batch_size": 100, "shard_samples": 500, "chunk_bytes": 131_072},
         "train": {
-            "global_batch": 128, "lr": 2e-3, "warmup_steps": 50, "steps": 1000, "num_workers": 2,
+            "global_batch": 96, "lr": 2e-3, "warmup_steps": 50, "steps": 1000, "num_workers": 2,
             "flip": False, "ema_decay": 0.995, "precision": "fp32", "zero_stage": 2, "grad_clip": 1.0,
             "checkpoint_every": 500, "log_every": 10,
         },

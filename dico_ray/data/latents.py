@@ -39,9 +39,9 @@ class Autoencoder:
         except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"codec.vae: cannot load an AutoencoderKL from {path!r}: {reason}") from None
-        if settings["_class_name"] != "AutoencoderKL":
+        if settings.get("_class_name") != "AutoencoderKL":
             raise ConfigError(
-                f"codec.vae: {path} holds a {settings['_class_name']}, not an AutoencoderKL; name another"
+                f"codec.vae: {path} holds a {settings.get('_class_name')}, not an AutoencoderKL; name another"
             )
         if loaded["missing_keys"]:  # diffusers fills them with random numbers
             raise ConfigError(

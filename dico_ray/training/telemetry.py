@@ -21,7 +21,7 @@ class MetricsLog:
     """
 
     def __init__(self, storage: Storage, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboardX import SummaryWriter
 
         self._storage = storage
         self._lines = [json.dumps(m) for m in read_metrics(storage) if m["step"] <= start_step]
