@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from dico_ray.storage import Storage
 
@@ -29,7 +30,9 @@ class MetricsLog:
         self._board_folder = (
             Path(storage.path(_TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
         )
-        self._board = SummaryWriter(str(self._board_folder), purge_step=start_step + 1)
+        self._board = SummaryWriter(
+            str(self._board_folder), purge_step=start_step + 1, filename_suffix=f".{uuid4().hex[:8]}"
+        )
 
     def log(self, metrics: dict[str, Any]) -> None:
         """metrics: plain numbers by name, `step` among them."""
