@@ -46,6 +46,9 @@ class MetricsLog:
             if name != "step":
                 self._board.add_scalar(name, value, metrics["step"])
         self._board.flush()
+        self._upload_board()
+
+    def _upload_board(self) -> None:
         if not self._storage.is_local:
             for path in self._board_folder.iterdir():
                 self._storage.write(f"{_TENSORBOARD}/{path.name}", path.read_bytes())
@@ -54,7 +57,8 @@ class MetricsLog:
         self._storage.write(METRICS, "".join(line + "\n" for line in self._lines).encode())
 
     def close(self) -> None:
-        self._board.close()
+        self._board.close()  # its writer is a thread: only now are all events in the file
+        self._upload_board()
 
 
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:
