@@ -44,7 +44,7 @@ def write_run(config: Config) -> None:
         {
             "step": step, "loss": loss(step), "mse": loss(step) - 0.1, "vb": 0.1, "grad_norm": 2.0, "lr": 1e-3,
             "images_per_s": 300.0 + step % 3, "data_wait": 0.01, "checkpoint_stall_s": 0.0, "skipped_steps": 0,
-            "epoch_images": 128 * step,
+            "epoch_images": 96 * step,
         }
         for step in range(10, 401, 10)
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_whole_run(config: Config, capsys: pytest.CaptureFixture[str]) -> None
         "87.6% samples read as their class", "99.1% of the real images", "301 images/s", "digit features",
         "the judge", "EMA weights of step 390", "ddpm in 50 steps", "guidance 1.5 on all channels", "c0ffee",
         "/the/vae (hash beef)", "/the/reference (5002 images)", "digit features (hash fea7)", "torch 2.9",
-        "one 50%", "two 75%", "not comparable with published FIDs", "global_batch: 128",
+        "one 50%", "two 75%", "not comparable with published FIDs", f"global_batch: {config.train.global_batch}",
     ):  # fmt: skip
         assert said in page.text, said
     images = [target for target in page.targets if target.startswith("data:")]
