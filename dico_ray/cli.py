@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dico_ray.config import SECTION_NAMES, Config, ConfigError, Setting, UserError, fields, nearest
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.recipes import RECIPES, resolve
+from dico_ray.settings import SECTION_NAMES, Setting, fields, nearest
 
 #         verb:      (module,                  what it does,                            the sections it reads)
 VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -5,14 +5,12 @@ The head node of a cluster validates a run with this module alone: it imports ne
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class UserError(Exception):
@@ -73,6 +71,8 @@ class Run(Section):
     "Folder or object-store URL that holds runs; this run's files are in STORAGE/NAME."
     seed: int = Field(0, ge=0, lt=2**63)
     "Seed of sample order, timesteps, noise, label drops, initial weights. With it a run is repeatable."
+    track: tuple[Literal["wandb", "mlflow"], ...] = ()
+    "Services that get the training metrics too, as [wandb,mlflow]; their own environment variables say where."
 
     @property
     def folder(self) -> str:
@@ -269,9 +269,6 @@ class Resources(Section):
     "Arithmetic threads of a CPU worker or actor. Unset: as many as its CPUs."
 
 
-SECTION_NAMES = ("run", "model", "codec", "data", "encode", "train", "sample", "evaluate", "resources")
-
-
 class Config(Section):
     """The whole of a run's settings."""
 
@@ -313,94 +310,3 @@ class Config(Section):
 def _divisor_hint(number: int) -> str:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return ", ".join(map(str, divisors[:-1])) + (" or " if len(divisors) > 1 else "") + str(divisors[-1])
-
-
-class Setting(NamedTuple):
-    """One leaf of the config tree, for the command line's help and the name checks."""
-
-    path: str
-    default: Any
-    annotation: Any
-    doc: str
-
-
-def fields(section: str) -> list[Setting]:
-    """The settings of one section, with the text that stands under each."""
-    model = Config.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, Section)
-    docs = _field_docs()[model.__name__]
-    return [
-        Setting(f"{section}.{name}", info.default, info.annotation, docs[name])
-        for name, info in model.model_fields.items()
-    ]
-
-
-def _field_docs() -> dict[str, dict[str, str]]:
-    """The string below each field, by class and field (Python keeps no such docstring at run time)."""
-    import ast
-
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef):
-            texts = docs.setdefault(node.name, {})
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
-                    texts[field.target.id] = str(text.value.value)
-    return docs
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings `over` laid on `base`; neither is changed."""
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merge(out[key], value) if both else value
-    return out
-
-
-def build(settings: dict[str, Any]) -> Config:
-    """Nested settings -> Config.
-
-    Raises ConfigError, one line, for an unknown key, a wrong value or settings that contradict each other.
-    """
-    try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{path} is not a setting{nearest(path)}"
-    if first["type"] == "value_error":
-        return str(first.get("ctx", {}).get("error", first["msg"]))
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{path}: {first['input']!r}: {message}; change {path}"
-
-
-def nearest(path: str) -> str:
-    """`; did you mean X?` for a setting's name that does not exist, or an empty string."""
-    known = [*SECTION_NAMES, *(field.path for section in SECTION_NAMES for field in fields(section))]
-    close = difflib.get_close_matches(path, known, n=1) or difflib.get_close_matches(
-        path.split(".")[-1], [name.split(".")[-1] for name in known], n=1
-    )
-    if not close:
-        return "; see `dico-ray VERB --help` for the settings of a verb"
-    name = close[0] if close[0] in known else next(k for k in known if k.endswith("." + close[0]))
-    return f"; did you mean {name}?"
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file's settings. Raises ConfigError for a missing file, bad YAML, or no mapping at the top."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that exists") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--config {path}: must hold `section: {{setting: value}}`, not {settings!r}")
-    return settings

@@ -6,7 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from dico_ray.config import Config, ConfigError, build, merge, read_yaml
+from dico_ray.config import Config, ConfigError
+from dico_ray.settings import build, merge, read_yaml
 
 _DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
@@ -40,9 +41,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": {"window_samples": 2560, "read_tasks": 1},
         "encode": {"image_size": 32, "batch_size": 100, "shard_samples": 500, "chunk_bytes": 131_072},
         "train": {
-            "global_batch": 96, "lr": 2e-3, "warmup_steps": 50, "steps": 1000, "num_workers": 2,
+            "global_batch": 96, "lr": 2e-3, "warmup_steps": 50, "steps": 1200, "num_workers": 2,
             "flip": False, "ema_decay": 0.995, "precision": "fp32", "zero_stage": 2, "grad_clip": 1.0,
-            "checkpoint_every": 500, "log_every": 10,
+            "checkpoint_every": 600, "log_every": 10,
         },
         "sample": {"count": 1000, "steps": 50, "guidance_scale": 1.5, "guidance_channels": "all", "batch_size": 100},
         "evaluate": {

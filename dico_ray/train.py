@@ -9,18 +9,21 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dico_ray import cluster, ingest
-from dico_ray.config import Config, ConfigError, UserError, build
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.shards import Manifest
 from dico_ray.progress import Progress
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.checkpoint import Checkpoint
 from dico_ray.training.telemetry import MetricsLog
+from dico_ray.training.track import Tracker, open_tracker
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -54,7 +57,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         f"training with {workers} workers, and a CPU share for reading data,",
         "train.num_workers or resources.worker_cpus",
     )
-    recorder = _start_recorder(run, start)
+    recorder = _start_recorder(config, start)
     with _display(config, recorder, start):
         _fit(config, manifest, recorder, gpu)
     ray.get(recorder.close.remote())
@@ -106,31 +109,51 @@ def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _start_recorder(run: Storage, start: int) -> Any:
-    """An actor beside the driver that keeps the run's metrics, wherever rank 0 happens to live."""
+def _start_recorder(config: Config, start: int) -> Any:
+    """An actor beside the driver that keeps the run's metrics, wherever rank 0 happens to live.
+
+    Raises ConfigError if a tracking service cannot be had.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Recorder).options(num_cpus=0, scheduling_strategy=here).remote(run, start)
+    recorder: Any = ray.remote(_Recorder).options(num_cpus=0, scheduling_strategy=here)
+    recorder = recorder.remote(config)
+    try:
+        ray.get(recorder.begin.remote(start))
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    return recorder
 
 
 class _Recorder:
-    def __init__(self, run: Storage, start: int) -> None:
-        self._run, self._log = run, MetricsLog(run, start)
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._log: MetricsLog | None = None
+        self._trackers: list[Tracker] | None = None
         self._latest: dict[str, Any] = {}
 
     def begin(self, start: int) -> None:
-        """A worker group begins (again) after `start` steps."""
-        self._log.close()
-        self._log = MetricsLog(self._run, start)
+        """The run, or a worker group of it, begins (again) after `start` steps."""
+        run = Storage(self._config.run.folder)
+        if self._log:
+            self._log.close()
+        self._log = MetricsLog(run, start)
+        if self._trackers is None:
+            about = self._config.model_dump(mode="json")
+            self._trackers = [open_tracker(s, run.url, self._config.run.name, about) for s in self._config.run.track]
 
     def log(self, metrics: dict[str, Any]) -> None:
         self._latest = metrics
-        self._log.log(metrics)
+        assert self._log and self._trackers is not None
+        for log in (self._log, *self._trackers):
+            log.log(metrics)
 
     def latest(self) -> dict[str, Any]:
         return self._latest
 
     def close(self) -> None:
-        self._log.close()
+        assert self._log and self._trackers is not None
+        for log in (self._log, *self._trackers):
+            log.close()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from dico_ray import cli
-from dico_ray.config import SECTION_NAMES, fields
+from dico_ray.settings import SECTION_NAMES, fields
 
 # Runs command lines in one fresh interpreter; tells of each what was printed and whether heavy packages came in.
 _PROBE = """

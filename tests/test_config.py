@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dico_ray import config as settings
-from dico_ray.config import ARCHITECTURES, SECTION_NAMES, Config, ConfigError, build, fields, merge, nearest
+from dico_ray import settings
+from dico_ray.config import ARCHITECTURES, Config, ConfigError
+from dico_ray.settings import SECTION_NAMES, build, fields, merge, nearest
 
 
 def refused(values: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dico_ray.config import Config, build
+from dico_ray.config import Config
 from dico_ray.diffusion.noise import Stream, integers, normal
 from dico_ray.models import create_model
+from dico_ray.settings import build
 
 pytestmark = pytest.mark.gpu
 

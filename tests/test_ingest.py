@@ -10,8 +10,9 @@ import pytest
 import ray
 
 from dico_ray import ingest
-from dico_ray.config import Config, build
+from dico_ray.config import Config
 from dico_ray.data.shards import Manifest
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 
 pytestmark = pytest.mark.ray

@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from dico_ray import train
-from dico_ray.config import Config, ConfigError, build
+from dico_ray.config import Config, ConfigError
 from dico_ray.data.shards import Manifest
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
 from dico_ray.training.telemetry import read_metrics

@@ -11,10 +11,11 @@ from typing import Any
 
 from jinja2 import Environment
 
-from dico_ray.config import Config, ConfigError, build, read_yaml
+from dico_ray.config import Config, ConfigError
 from dico_ray.evaluate import result_file
 from dico_ray.operate.plan import parameter_count
 from dico_ray.sample import GRID, RECORD, output_folder
+from dico_ray.settings import build, read_yaml
 from dico_ray.storage import Storage
 from dico_ray.train import CONFIG
 from dico_ray.training.telemetry import read_metrics
@@ -104,13 +105,13 @@ def _facts(made: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> li
 
 
 def loss_plot(metrics: list[dict[str, Any]]) -> str:
-    """Loss by step -> an SVG element. The line is a running mean over a fiftieth of the points."""
+    """Loss by step -> an SVG element. The line is a running mean over a tenth of the points."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "dico-ray"
     steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-    width = max(1, len(losses) // 50)
+    width = max(1, len(losses) // 10)
     smooth = [sum(losses[max(0, i - width + 1) : i + 1]) / len(losses[max(0, i - width + 1) : i + 1])
               for i in range(len(losses))]  # fmt: skip
     figure = Figure(figsize=(8, 3.4), layout="constrained")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dico_ray.config import build
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.models import DiCo
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.checkpoint import Checkpoint

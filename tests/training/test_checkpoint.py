@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dico_ray.config import ConfigError, build
+from dico_ray.config import ConfigError
 from dico_ray.models import create_model
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.checkpoint import COMMIT, Checkpoint, CheckpointError

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dico_ray.config import Config, build
+from dico_ray.config import Config
 from dico_ray.data.shards import LatentBatch
 from dico_ray.models import create_model
+from dico_ray.settings import build
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
 from dico_ray.training.loop import DivergedError, learning_rate, train_loop
