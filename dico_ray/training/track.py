@@ -81,7 +81,9 @@ def open_tracker(service: str, url: str, name: str, config: dict[str, Any]) -> T
         module = __import__(service)
     except ImportError:
         raise ConfigError(f"run.track: {service} is not installed; pip install 'dico-ray[track]'") from None
+    tracker, error_name = _SERVICES[service]
+    refused: type[Exception] = operator.attrgetter(error_name)(module)
     try:
-        return _SERVICES[service](module, url, name, config)
-    except module.Error if service == "wandb" else module.exceptions.MlflowException as error:
+        return tracker(module, url, name, config)
+    except refused as error:
         raise ConfigError(f"run.track: {service}: {' '.join(str(error).split())[:300]}") from None
