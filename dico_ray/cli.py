@@ -8,28 +8,60 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from dico_ray import storage
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.recipes import RECIPES, resolve
 from dico_ray.settings import SECTION_NAMES, Setting, fields, nearest
 
-#         verb:      (module,                  what it does,                            the sections it reads)
-VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "encode": ("dico_ray.encode", "a folder of images -> latent shards",
-               ("codec", "data", "encode", "resources")),
-    "train": ("dico_ray.train", "latent shards -> checkpoints with EMA weights (the same command resumes)",
-              ("run", "model", "data", "train", "resources")),
-    "sample": ("dico_ray.sample", "a checkpoint -> images, on a pool of actors",
-               ("run", "codec", "sample", "resources")),
-    "evaluate": ("dico_ray.evaluate", "images -> Frechet distance to a reference, on a pool of actors",
-                 ("run", "evaluate", "resources")),
-    "plan": ("dico_ray.operate.plan", "parameters, memory by ZeRO stage and shard bytes, before anything starts",
-             ("run", "model", "data", "train")),
-    "report": ("dico_ray.operate.report", "a run -> one HTML file: loss, samples, numbers",
-               ("run",)),
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+class Option(NamedTuple):
+    """An argument of one verb alone, handed to its door by name: a flag (--name VALUE), or what stands alone."""
+
+    name: str
+    kind: Callable[[str], Any]
+    default: Any  # None: it must be given
+    doc: str
+
+
+class Verb(NamedTuple):
+    module: str
+    summary: str
+    sections: tuple[str, ...]
+    options: tuple[Option, ...] = ()
+
+
+_BENCH_DATA = (
+    Option("--samples", int, 65536, "synthetic samples"),
+    Option("--folder", str, "", "folder or URL for the synthetic shards, kept and used again; unset: a temporary one"),
+    Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
+    Option("--json", str, "", "file for the figures"),
+)
+VERBS: dict[str, Verb] = {
+    "encode": Verb("encode", "images -> latent shards",
+                   ("codec", "data", "encode", "storage", "resources")),
+    "train": Verb("train", "latent shards -> checkpoints with EMA weights (the same command resumes)",
+                  ("run", "model", "data", "train", "storage", "resources")),
+    "sample": Verb("sample", "a checkpoint -> images, on a pool of actors",
+                   ("run", "codec", "sample", "storage", "resources")),
+    "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
+                     ("run", "evaluate", "storage", "resources")),
+    "plan": Verb("operate.plan", "parameters, memory by ZeRO stage and shard bytes, before anything starts",
+                 ("run", "model", "data", "train")),
+    "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
+                   ("run", "storage")),
+    "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
+                       ("model", "data", "storage"), _BENCH_DATA),
 }  # fmt: skip
 
 
@@ -46,7 +78,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser:
-    _, summary, sections = VERBS[verb]
+    _, summary, sections, options = VERBS[verb]
     parser = _Parser(
         prog=f"dico-ray {verb}",
         description=summary,
@@ -57,6 +89,10 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="NAME", help=f"start from a named run: {', '.join(RECIPES)}")
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings, `section: {setting: value}`")
     parser.add_argument("--verbose", action="store_true", help="show the log lines of Ray and the libraries")
+    for option in options:
+        text = option.doc if option.default is None else f"{option.doc} [{_show(option.default)}]"
+        keep = {} if option.default is None else {"default": option.default}
+        parser.add_argument(option.name, type=option.kind, help=text, **keep)
     for section in (*sections, *(name for name in SECTION_NAMES if name not in sections)):
         shown = section in sections
         group = parser.add_argument_group(section) if shown else parser
@@ -76,11 +112,16 @@ def _metavar(annotation: Any) -> str:
         return "{" + text[text.index("[") + 1 : text.rindex("]")].replace("'", "").replace(" ", "") + "}"
     if "tuple" in text.lower():
         return "[A,B,...]"
+    if "dict" in text:
+        return "{A: 1, ...}"
     return next((kind.upper() for kind in ("int", "float", "bool") if kind in text), "TEXT")
 
 
-def parse(verb: str, arguments: list[str]) -> tuple[Config, bool]:
-    """A verb's command line -> (config, verbose). Raises ConfigError (one line) for what cannot work."""
+def parse(verb: str, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
+    """A verb's command line -> (config, the other arguments of its door).
+
+    Raises ConfigError (one line) for what cannot work.
+    """
     parser = _verb_parser(verb)
     known, unknown = parser.parse_known_args(arguments)
     for word in unknown:
@@ -94,7 +135,8 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, bool]:
         if text is not None:
             section, name = field.path.split(".")
             overrides.setdefault(section, {})[name] = _value(field, text)
-    return resolve(known.recipe, known.config, overrides), known.verbose
+    own = {option.name.strip("-"): getattr(known, option.name.strip("-")) for option in VERBS[verb].options}
+    return resolve(known.recipe, known.config, overrides), {"verbose": known.verbose, **own}
 
 
 def _value(field: Setting, text: str) -> Any:
@@ -102,12 +144,12 @@ def _value(field: Setting, text: str) -> Any:
     kind = str(field.annotation)
     if text in ("null", "none", "None") and "None" in kind:
         return None
-    if "tuple" not in kind:
+    if "tuple" not in kind and "dict" not in kind:
         return text
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError:
-        raise ConfigError(f"--{field.path} {text}: write a list as [1,2]") from None
+        raise ConfigError(f"--{field.path} {text}: write a list as [1,2], named values as {{a: 1}}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,14 +157,17 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print("usage: dico-ray VERB [--recipe NAME] [--config FILE] [--section.setting VALUE ...]\n")
-        print("\n".join(f"  {verb:10}{summary}" for verb, (_, summary, _) in VERBS.items()))
+        print("\n".join(f"  {name:12}{verb.summary}" for name, verb in VERBS.items()))
         print("\n`dico-ray VERB --help` explains the verb's settings.")
         return 0 if words else 2
-    if words[0] not in VERBS:
-        _fail(f"{words[0]!r} is not a verb; take one of {', '.join(VERBS)}")
+    length = 2 if " ".join(words[:2]) in VERBS else 1
+    verb = " ".join(words[:length])
+    if verb not in VERBS:
+        _fail(f"{verb!r} is not a verb; take one of {', '.join(VERBS)}")
     try:
-        config, verbose = parse(words[0], words[1:])
-        importlib.import_module(VERBS[words[0]][0]).main(config, verbose=verbose)
+        config, own = parse(verb, words[length:])
+        storage.configure(config.storage)
+        importlib.import_module(f"dico_ray.{VERBS[verb].module}").main(config, **own)
     except ConfigError as error:
         _fail(str(error))
     except UserError as error:

@@ -10,6 +10,7 @@ import warnings
 
 import ray
 
+from dico_ray import storage
 from dico_ray.config import ConfigError, Resources
 
 
@@ -27,7 +28,7 @@ def connect(verbose: bool) -> None:
         _mute_native_log()
     level = logging.INFO if verbose else logging.ERROR
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=verbose, logging_level=level)
+        ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"env_vars": storage.environment()})
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
     context = ray.data.DataContext.get_current()

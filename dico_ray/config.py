@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -79,6 +79,23 @@ class Run(Section):
         return f"{self.storage.rstrip('/')}/{self.name}"
 
 
+class StorageSettings(Section):
+    """How object stores are reached (local folders need none of it)."""
+
+    library: Literal["fsspec", "pyarrow"] = "fsspec"
+    "What reads and writes s3:// and gs://: fsspec's packages (s3fs, gcsfs) or pyarrow.fs."
+    endpoint: str = ""
+    "URL of the store's server; unset: AWS_ENDPOINT_URL, or the provider's own."
+    anonymous: bool = False
+    "Ask without credentials (public buckets)."
+    options: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    "The library's own options, as {key: ..., secret: ...}; never written to config.yaml. Unset: environment variables."
+    retry_s: float = Field(120.0, ge=0)
+    "Seconds for which a failing request is tried again, with growing pauses."
+    timeout_s: float = Field(30.0, gt=0)
+    "Seconds after which a request without an answer has failed."
+
+
 class Model(Section):
     """The network: a row of the DiCo family, or sizes of your own."""
 
@@ -136,6 +153,10 @@ class Data(Section):
     "Samples shuffled one by one at a time; rounded up to whole global batches. More: better mixing, more memory."
     read_tasks: int = Field(4, ge=1)
     "Windows that are read at the same time, ahead of training."
+    cache: Location = ""
+    "Folder on each node (RAM or NVMe) that keeps chunks for later epochs, checked by hash. Unset: no cache."
+    cache_gb: float = Field(20.0, gt=0)
+    "Size of a node's cache; the chunks used longest ago make room."
 
 
 class Encode(Section):
@@ -275,6 +296,7 @@ class Config(Section):
     recipe: str = ""
     "Name of the recipe that the settings started from."
     run: Run = Field(default_factory=lambda: Run.model_validate({}))
+    storage: StorageSettings = Field(default_factory=lambda: StorageSettings.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))
     codec: Codec = Field(default_factory=lambda: Codec.model_validate({}))
     data: Data = Field(default_factory=lambda: Data.model_validate({}))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,13 @@ import numpy as np
 import ray.data
 
 from dico_ray.config import Config, UserError
+from dico_ray.data.cache import ChunkCache
 from dico_ray.data.order import SampleOrder, rank_rows
-from dico_ray.data.shards import LatentBatch, Manifest, read_chunk
+from dico_ray.data.reader import read_chunks
+from dico_ray.data.shards import LatentBatch, Manifest
 from dico_ray.storage import Storage
 
 READ_TASK_CPUS = 0.5
-_RANGE_REQUESTS = 8  # at a time in a read task: hides an object store's latency
 _MOST_TASKS = 4096  # Ray Data plans each one up front; longer runs read several windows in a task
 
 
@@ -41,6 +41,7 @@ class WindowReader:
     world_size: int
     flip: bool
     first_window: int
+    cache: ChunkCache | None = None
 
     def __call__(self, batch: Any) -> Iterator[dict[str, np.ndarray]]:
         """Windows counted from the first one, {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
@@ -51,7 +52,10 @@ class WindowReader:
         """One block a rank: step, row, key, label (R,) and latents (R, C, H, W), R = steps * rows of a rank."""
         keys = self.order.window_keys(window)
         flips = self.order.window_flips(window) if self.flip else np.zeros(len(keys), np.int64)
-        pairs, labels = self._gather(keys)
+        chunks = self.order.chunks_of(keys)
+        samples = read_chunks(self.storage, self.manifest, chunks, self.cache)
+        # Chunks are ascending, so the keys that are held are sorted, and each is found by bisection.
+        places = np.searchsorted(np.concatenate([self.order.chunk_keys(chunk) for chunk in chunks]), keys)
         steps = window * self.order.window_steps + np.arange(len(keys)) // self.order.global_batch
         rows = np.arange(len(keys)) % self.order.global_batch
         for rank in range(self.world_size):
@@ -60,21 +64,9 @@ class WindowReader:
                 "step": steps[mine],
                 "row": rows[mine],
                 "key": keys[mine],
-                "label": labels[mine],
-                "latents": pairs[mine, flips[mine]],
+                "label": samples.labels[places[mine]],
+                "latents": samples.pick(places[mine], flips[mine]),
             }
-
-    def _gather(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples with these keys, in their order: (N, 2, C, H, W) and labels (N,)."""
-        chunks = self.order.chunks_of(keys)
-        with ThreadPoolExecutor(_RANGE_REQUESTS) as pool:
-            read = list(pool.map(lambda chunk: read_chunk(self.storage, self.manifest, chunk), chunks))
-        held = np.concatenate([self.order.chunk_keys(chunk) for chunk in chunks])
-        # Chunks are ascending, so `held` is sorted and each key is found by bisection.
-        places = np.searchsorted(held, keys)
-        pairs = np.concatenate([samples.latents for samples in read])
-        labels = np.concatenate([samples.labels for samples in read])
-        return pairs[places], labels[places]
 
 
 def sample_order(config: Config, manifest: Manifest) -> SampleOrder:
@@ -88,7 +80,8 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
     first = order.window_of(start_step)
     windows = order.window_of(train.steps - 1) + 1 - first
     storage = Storage(config.data.latents)
-    reader = WindowReader(storage, manifest, order, train.num_workers, train.flip, first)
+    cache = ChunkCache(config.data.cache, int(config.data.cache_gb * 1e9)) if config.data.cache else None
+    reader = WindowReader(storage, manifest, order, train.num_workers, train.flip, first, cache)
     dataset = ray.data.range(windows, override_num_blocks=min(windows, _MOST_TASKS))
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.

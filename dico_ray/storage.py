@@ -1,19 +1,70 @@
-"""Files in a local folder or an object store, through fsspec, with the three promises that the project needs:
-a written file appears whole or not at all, a byte range can be read alone, and a missing thing is named."""
+"""Files in a local folder or an object store, with four promises: a written file appears whole or not at all, a
+byte range can be read alone, transient failures are tried again, and what fails for good says what and why.
+
+Object stores are reached through fsspec (s3fs, gcsfs, ...) or, by `storage.library`, through pyarrow.fs. Ours is
+the only home of retries: the libraries' own are switched off, so that a time limit is one, and each is counted.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from dico_ray.config import ConfigError
+from dico_ray.config import ConfigError, StorageSettings, UserError
+
+_ENVIRONMENT = "DICO_RAY_STORAGE"  # carries the settings to the processes that Ray starts
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
+_SHORT_READS = 3  # tries before a body that ends early is taken for a file that does
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_FOR_GOOD = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG,
+    errno.ENOSYS, errno.EEXIST, errno.ENOTEMPTY, errno.EMSGSIZE, errno.ELOOP,
+})  # fmt: skip
+#                 how pyarrow, which knows one error class, words what no repetition will mend
+_ARROW_FOR_GOOD = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY",
+    "SIGNATURE",
+    "EXPIRED",
+    "UNRECOGNIZED_CLIENT",
+    "HTTP status 403",
+)
+
+retried: Counter[str] = Counter()
+"""Failures of this process that a repetition mended or tried to, by kind."""
+
+T = TypeVar("T")
+
+
+class StorageError(UserError):
+    """The storage failed for good, or for longer than storage.retry_s: names the file, the offset and the cause."""
+
+
+def configure(settings: StorageSettings) -> None:
+    """Makes the settings hold in this process and those it starts."""
+    os.environ[_ENVIRONMENT] = json.dumps({**settings.model_dump(), "options": settings.options})
+
+
+def environment() -> dict[str, str]:
+    """The variables that carry the settings to another machine's processes; none if `configure` was not called."""
+    return {_ENVIRONMENT: os.environ[_ENVIRONMENT]} if _ENVIRONMENT in os.environ else {}
+
+
+def _settings() -> StorageSettings:
+    return StorageSettings.model_validate(json.loads(os.environ.get(_ENVIRONMENT, "{}")))
 
 
 @dataclass(frozen=True)
@@ -21,7 +72,8 @@ class Storage:
     """A folder by local path or URL (`s3://bucket/folder`). Pickles as its URL, so tasks can take it along.
 
     A relative local path is made absolute when the object is made: Ray's workers run in other folders.
-    Raises ConfigError if the URL's protocol is unknown or its package is not installed.
+    Raises ConfigError if the URL's protocol is unknown or its package is not installed, StorageError if the
+    storage fails for good; FileNotFoundError stays what it is.
     """
 
     url: str
@@ -30,16 +82,25 @@ class Storage:
         if "://" not in self.url:
             object.__setattr__(self, "url", os.path.abspath(os.path.expanduser(self.url)))
 
-    @cached_property
-    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        try:
-            fs, root = url_to_fs(self.url, use_listings_cache=False) if "://" in self.url else url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"{self.url}: {error}; for s3:// install dico-ray[s3]") from None
-        return fs, root.rstrip("/")
-
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
+
+    @cached_property
+    def _settings(self) -> StorageSettings:
+        return _settings()
+
+    @cached_property
+    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        protocol = self.url.partition("://")[0] if "://" in self.url else "file"
+        try:
+            if protocol in ("s3", "gs") and self._settings.library == "pyarrow":
+                return _arrow(protocol, self._settings), self.url.partition("://")[2].rstrip("/")
+            fs, root = url_to_fs(self.url, **_fsspec_options(protocol, self._settings))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{self.url}: {error}; for {protocol}:// install dico-ray[{protocol}]") from None
+        if protocol == "s3":
+            fs.retries = 1
+        return fs, root.rstrip("/")
 
     @property
     def is_local(self) -> bool:
@@ -53,41 +114,61 @@ class Storage:
         return f"{self._open[1]}/{name}"
 
     def exists(self, name: str) -> bool:
-        return self._open[0].exists(self.path(name))
+        return self._retry(f"{name}", lambda fs: fs.exists(self.path(name)))
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file's bytes, or those in [start, stop). Raises FileNotFoundError."""
-        data = self._open[0].cat_file(self.path(name), start=start, end=stop)
-        return data if isinstance(data, bytes) else data.encode()
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return int(self._retry(name, lambda fs: fs.info(self.path(name))["size"]))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """A file's bytes, or those in [start, stop): fewer only if the file ends there. Raises FileNotFoundError."""
+        if stop is None:
+            return self._retry(name, lambda fs: _bytes(fs.cat_file(self.path(name))))[start:]
+        data = b""
+        for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
+            at = start + len(data)
+            what = f"{name} at byte {at}"
+            data += self._retry(what, lambda fs, at=at: _bytes(fs.cat_file(self.path(name), start=at, end=stop)))
+            if len(data) >= stop - start or self.is_local or start + len(data) >= self.size(name):
+                break
+            retried["short read"] += 1
+        return data
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """Fills `buffer` from a file's byte `start` on; how many bytes there were. Raises FileNotFoundError."""
+        if not self.is_local:
+            data = self.read(name, start, start + len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        with open(self.path(name), "rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
+                done += count
+        return done
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file that other readers see whole or not at all."""
-        fs, path = self._open[0], self.path(name)
         if not self.is_local:
-            fs.pipe_file(path, data)
+            self._retry(name, lambda fs: fs.pipe_file(self.path(name), data))
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid4().hex[:8]}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            _write_local(self.path(name), data)
+        except OSError as error:
+            raise StorageError(f"{self.path(name)}: cannot be written: {error.strerror}") from error
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted paths of all files below, relative to this folder. An absent folder has none."""
-        fs, root = self._open
+        root = self._open[1]
         try:
-            found = fs.find(root)
+            found = self._retry("", lambda fs: fs.find(root))
         except FileNotFoundError:
             return []
         return sorted(f[len(root) + 1 :] for f in found if f.endswith(suffix) and not f.endswith(".tmp"))
 
     def folders(self) -> list[str]:
         """Sorted names of the folders directly below. An absent folder has none."""
-        fs, root = self._open
         try:
-            entries = fs.ls(root, detail=True)
+            entries = self._retry("", lambda fs: fs.ls(self._open[1], detail=True))
         except FileNotFoundError:
             return []
         return sorted(Path(e["name"]).name for e in entries if e["type"] == "directory")
@@ -95,4 +176,107 @@ class Storage:
     def remove(self, name: str) -> None:
         """Removes a file or a folder with all in it; a missing one is no error."""
         if self.exists(name):
-            self._open[0].rm(self.path(name), recursive=True)
+            self._retry(name, lambda fs: fs.rm(self.path(name), recursive=True))
+
+    def _retry(self, what: str, call: Callable[[fsspec.AbstractFileSystem], T]) -> T:
+        """The call's result; transient failures are tried again, with growing pauses, for storage.retry_s."""
+        fs = self._open[0]
+        started, wait = time.monotonic(), _FIRST_WAIT_S
+        transient, refused = _library_errors()
+        while True:
+            try:
+                return call(fs)
+            except _MISSING:
+                raise
+            except refused as error:
+                raise ConfigError(f"{self.url}: {_cause(error)}; {_CREDENTIALS}") from error
+            except (OSError, *transient) as error:
+                where = f"{self.url}/{what}".rstrip("/")
+                if _for_good(error):
+                    hint = f"; {_CREDENTIALS}" if isinstance(error, PermissionError) or "403" in str(error) else ""
+                    raise StorageError(f"{where}: {_cause(error)}{hint}") from error
+                if time.monotonic() - started + wait > self._settings.retry_s:
+                    raise StorageError(
+                        f"{where}: failed for {self._settings.retry_s:g} s (storage.retry_s), last: {_cause(error)}"
+                    ) from error
+                retried[type(error).__name__] += 1
+                time.sleep(wait * random.uniform(0.5, 1))
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+
+
+_CREDENTIALS = (
+    "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or storage.anonymous and storage.options"
+)
+
+
+def _library_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
+    """What the installed libraries raise beside OSError: (transient, for want of credentials)."""
+    try:
+        from aiohttp import ClientError
+        from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
+    except ImportError:
+        return (), ()
+    return (ClientError, BotoCoreError), (NoCredentialsError, PartialCredentialsError)
+
+
+def _for_good(error: BaseException) -> bool:
+    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _FOR_GOOD):
+        return True
+    return any(word in str(error) for word in _ARROW_FOR_GOOD)
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _bytes(data: Any) -> bytes:
+    return data if isinstance(data, bytes) else data.encode()
+
+
+def _write_local(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _fsspec_options(protocol: str, settings: StorageSettings) -> dict[str, Any]:
+    """The settings in the words of the protocol's fsspec package."""
+    if protocol == "file":
+        return {}
+    options: dict[str, Any] = {"use_listings_cache": False, **settings.options}
+    if protocol == "s3":
+        seconds = settings.timeout_s
+        config = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
+        options |= {"config_kwargs": {**config, **options.get("config_kwargs", {})}}
+        options |= {"endpoint_url": settings.endpoint} if settings.endpoint else {}
+        options |= {"anon": True} if settings.anonymous else {}
+    if protocol == "gs":
+        options |= {"endpoint_url": settings.endpoint} if settings.endpoint else {}
+        options |= {"token": "anon"} if settings.anonymous else {}
+    return options
+
+
+def _arrow(protocol: str, settings: StorageSettings) -> fsspec.AbstractFileSystem:
+    """The same store through pyarrow.fs (C++, no Python in its requests)."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import fs
+
+    if protocol == "gs":
+        return ArrowFSWrapper(fs.GcsFileSystem(anonymous=settings.anonymous, **settings.options))
+    names = {"key": "access_key", "secret": "secret_key", "token": "session_token"}
+    options = {names.get(name, name): value for name, value in settings.options.items()}
+    endpoint = settings.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options |= {"endpoint_override": endpoint, "region": options.get("region", "us-east-1")}
+    return ArrowFSWrapper(fs.S3FileSystem(
+        anonymous=settings.anonymous, connect_timeout=settings.timeout_s, request_timeout=settings.timeout_s,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1), **options,
+    ))  # fmt: skip

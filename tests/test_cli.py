@@ -57,7 +57,7 @@ class Told(NamedTuple):
 def light() -> dict[str, Told]:
     """What each wrong command line and each help says, in an interpreter that has imported nothing else."""
     lines = {name: words for name, (words, _) in WRONG.items()}
-    lines |= {f"help {verb}": [verb, "--help"] for verb in cli.VERBS}
+    lines |= {f"help {verb}": [*verb.split(), "--help"] for verb in cli.VERBS}
     lines |= {"help": ["--help"], "nothing": []}
     command = [sys.executable, "-c", _PROBE, json.dumps(list(lines.values()))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -114,11 +114,11 @@ def test_overall_help_lists_the_verbs(light: dict[str, Told]) -> None:
 def test_values_keep_their_kinds() -> None:
     words = "--train.lr 2e-4 --train.flip false --model.depths [1,2,3,2,1] --train.betas (0.8,0.9)"
     words += " --sample.guidance_channels 3 --sample.guidance_interval [100,900] --train.micro_batch 8"
-    config, verbose = cli.parse("plan", [str(word) for word in words.split()])
+    config, own = cli.parse("plan", [str(word) for word in words.split()])
     assert (config.train.lr, config.train.flip, config.model.depths) == (2e-4, False, (1, 2, 3, 2, 1))
     assert (config.train.betas, config.sample.guidance_channels) == ((0.8, 0.9), "3")
     assert (config.sample.guidance_interval, config.train.micro_batch) == ((100, 900), 8)
-    assert verbose is False
+    assert own == {"verbose": False}
     assert cli.parse("plan", ["--verbose", "--train.lr=0.5"])[0].train.lr == 0.5
 
 

@@ -17,7 +17,8 @@ from webdataset import WebDataset
 from dico_ray import encode, evaluate, sample, train
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.latents import Autoencoder
-from dico_ray.data.shards import Manifest, read_chunk
+from dico_ray.data.reader import read_chunks
+from dico_ray.data.shards import Manifest
 from dico_ray.demo.digits import load_digits
 from dico_ray.operate import report
 from dico_ray.recipes import resolve
@@ -70,7 +71,7 @@ def trained(folder: Path, encoded: Manifest) -> Config:
 def _latents(folder: str) -> np.ndarray:
     storage = Storage(folder)
     manifest = Manifest.load(storage)
-    return np.concatenate([read_chunk(storage, manifest, i).latents for i in range(len(manifest.chunks))])
+    return np.concatenate([read_chunks(storage, manifest, [i]).latents for i in range(len(manifest.chunks))])
 
 
 def test_encode_writes_what_the_manifest_says(encoded: Manifest, folder: Path) -> None:

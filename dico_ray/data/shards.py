@@ -1,9 +1,10 @@
-"""Latent shards: the WebDataset format, the manifest that vouches for it, and the bulk reader.
+"""Latent shards: the WebDataset format, its writer, and the manifest that vouches for it.
 
 A sample is `KEY.cls` (its label as text) and `KEY.latent.npy` (float16, (2, C, H, W): the latents of the image
 and of its mirror image, scaled to unit variance), in a plain USTAR archive. Every sample takes the same number
 of bytes, so a shard is a strided array: reading a run of samples is one range read and no loop in Python.
-The manifest holds a hash for every chunk, the unit in which shards are read.
+The manifest holds a hash for every chunk, the unit in which shards are read. WebDatasets of other makers, whose
+samples differ in size, get a manifest of layout 'general' (data/index.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from dico_ray.storage import Storage
 
 FORMAT = "dico-ray-latents/1"
 MANIFEST = "manifest.json"
+MEMBERS = ("latent.npy", "cls")
+LAYOUTS = ("strided", "general")
 _BLOCK = 512  # of a tar archive
 _MTIME = 1  # an integer: otherwise each member gets a PAX header and the stride is lost
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -52,17 +56,30 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class Shard:
-    """One archive. hashes: XXH3-128 of each chunk's bytes, in order."""
+    """One archive. hashes: XXH3-128 of each chunk's bytes, in order.
+
+    offsets: only of layout 'general': where each chunk begins in the archive, and where the last one ends.
+    """
 
     name: str
     count: int
     bytes: int
     hashes: tuple[str, ...]
+    offsets: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Shard:
+        return cls(**{**entry, "hashes": tuple(entry["hashes"]), "offsets": tuple(entry["offsets"])})
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set of latents is. Sizes in samples unless named bytes; latent_size is (height, width)."""
+    """What a data set of latents is. Sizes in samples unless named bytes; latent_size is (height, width).
+
+    layout: 'strided' (ours: every sample takes sample_bytes) or 'general' (members found by name, sample_bytes 0).
+    members: extensions of a sample's latents and label. flips: 2 if the mirrored image's latents follow the plain
+    ones, 1 if there are none. moments: the channels are mean and log variance of the posterior, to draw from.
+    """
 
     shards: tuple[Shard, ...]
     chunk_samples: int
@@ -74,6 +91,10 @@ class Manifest:
     codec: dict[str, Any]
     statistics: dict[str, list[float]]
     skipped: tuple[str, ...] = ()
+    layout: str = "strided"
+    members: tuple[str, str] = MEMBERS
+    flips: int = 2
+    moments: bool = False
     format: str = field(default=FORMAT)
 
     @property
@@ -88,6 +109,20 @@ class Manifest:
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
         return chunk_sizes([shard.count for shard in self.shards], self.chunk_samples)
+
+    def span(self, chunk: int) -> tuple[Shard, int, int, int]:
+        """Where a chunk lies: (shard, its number in that shard, first byte, end)."""
+        shard, number = self.chunks[chunk]
+        if self.layout == "general":
+            return shard, number, shard.offsets[number], shard.offsets[number + 1]
+        first = number * self.chunk_samples
+        last = min(first + self.chunk_samples, shard.count)
+        return shard, number, first * self.sample_bytes, last * self.sample_bytes
+
+    @property
+    def model_channels(self) -> int:
+        """Channels of the latents that a network sees."""
+        return self.channels // 2 if self.moments else self.channels
 
     @property
     def hash(self) -> str:
@@ -114,9 +149,9 @@ class Manifest:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
             raise ShardError(f"{storage.url}/{MANIFEST}: format {found!r}, this version reads {FORMAT!r}")
         try:
-            shards = tuple(Shard(**{**s, "hashes": tuple(s["hashes"])}) for s in raw.pop("shards"))
+            shards = tuple(Shard.from_json(entry) for entry in raw.pop("shards"))
             pair = (int(raw["latent_size"][0]), int(raw["latent_size"][1]))
-            tuples = {name: tuple(raw[name]) for name in ("classes", "skipped")}
+            tuples = {name: tuple(raw[name]) for name in ("classes", "skipped", "members")}
             manifest = cls(**{**raw, **tuples, "shards": shards, "latent_size": pair})
         except (TypeError, KeyError, IndexError, ValueError) as error:
             raise ShardError(f"{storage.url}/{MANIFEST} lacks or misnames a field: {error}") from None
@@ -124,9 +159,15 @@ class Manifest:
         return manifest
 
     def _check(self, storage: Storage) -> None:
+        if self.layout not in LAYOUTS or self.flips not in (1, 2) or len(self.members) != 2:
+            raise ShardError(
+                f"{storage.url}/{MANIFEST}: layout {self.layout!r}, flips {self.flips!r}, members {self.members!r} are "
+                f"not what this version reads (a layout of {LAYOUTS}, 1 or 2 flips, two members)"
+            )
+        strided = self.layout == "strided"
         numbers = {
-            "chunk_samples": self.chunk_samples, "sample_bytes": self.sample_bytes, "channels": self.channels,
-            "latent_size": min(self.latent_size),
+            "chunk_samples": self.chunk_samples, "channels": self.channels, "latent_size": min(self.latent_size),
+            **({"sample_bytes": self.sample_bytes} if strided else {}),
             **{f"{shard.name}: count": shard.count for shard in self.shards},
             **{f"{shard.name}: bytes": shard.bytes for shard in self.shards},
         }  # fmt: skip
@@ -138,7 +179,11 @@ class Manifest:
                 )
         for shard in self.shards:
             chunks = -(-shard.count // self.chunk_samples)
-            if shard.count < 1 or len(shard.hashes) != chunks or shard.bytes < shard.count * self.sample_bytes:
+            bounds = (0, *shard.offsets, shard.bytes)
+            fits = shard.bytes >= shard.count * self.sample_bytes if strided else (
+                len(shard.offsets) == chunks + 1 and all(a <= b for a, b in pairwise(bounds))
+            )  # fmt: skip
+            if len(shard.hashes) != chunks or not fits:
                 raise ShardError(
                     f"{storage.url}/{MANIFEST}: {shard.name} claims {shard.count} samples in {shard.bytes} bytes with "
                     f"{len(shard.hashes)} hashes, which do not fit together; run `dico-ray encode` again"
@@ -192,68 +237,3 @@ def write_shard(
 def _pieces(data: bytes, end: int, step: int) -> Iterator[memoryview]:
     view = memoryview(data)
     return (view[start : min(start + step, end)] for start in range(0, end, step))
-
-
-@dataclass(frozen=True)
-class Samples:
-    """latents: (N, 2, C, H, W) float16, plain then mirrored. labels: (N,) int64. names: (N,) the keys as text."""
-
-    latents: np.ndarray
-    labels: np.ndarray
-    names: np.ndarray
-
-
-def read_chunk(storage: Storage, manifest: Manifest, chunk: int) -> Samples:
-    """One chunk by one range read, checked against the manifest's hash.
-
-    Raises ShardError, naming shard and offset, if bytes are missing or differ, or a label is out of range.
-    """
-    shard, number = manifest.chunks[chunk]
-    first = number * manifest.chunk_samples
-    count = min(manifest.chunk_samples, shard.count - first)
-    start, stop = first * manifest.sample_bytes, (first + count) * manifest.sample_bytes
-    where = f"{storage.url}/{shard.name} at byte {start}"
-    try:
-        data = storage.read(shard.name, start, stop)
-    except FileNotFoundError:
-        raise ShardError(f"{where}: the shard is gone; restore it or run `dico-ray encode` again") from None
-    if len(data) != stop - start:
-        raise ShardError(f"{where}: {len(data)} bytes where {stop - start} should be; the shard is cut short")
-    found = xxhash.xxh3_128_hexdigest(data)
-    if found != shard.hashes[number]:
-        raise ShardError(f"{where}: hash {found}, the manifest says {shard.hashes[number]}; the shard was changed")
-    samples = _parse(data, count, where)
-    if samples.latents.shape[2:] != (manifest.channels, *manifest.latent_size):
-        raise ShardError(f"{where}: latents {samples.latents.shape[2:]} differ from the manifest's shape")
-    if not ((samples.labels >= 0) & (samples.labels < len(manifest.classes))).all():
-        raise ShardError(f"{where}: a label lies outside the {len(manifest.classes)} classes of the manifest")
-    return samples
-
-
-def _parse(data: bytes, count: int, where: str) -> Samples:
-    """A run of equally long samples -> columns, by strides. `where` goes into errors."""
-    rows = np.frombuffer(data, np.uint8).reshape(count, -1)
-    label_at, array_at = _BLOCK, 3 * _BLOCK
-    header = io.BytesIO(rows[0, array_at : array_at + 128].tobytes())
-    try:
-        np.lib.format.read_magic(header)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-    except ValueError as error:
-        raise ShardError(f"{where}: no .npy array where the fixed layout has one ({error})") from None
-    if dtype != np.float16 or fortran or len(shape) != 4 or shape[0] != 2:
-        raise ShardError(f"{where}: latents are {dtype} {shape}, not float16 (2, C, H, W)")
-    names = np.ascontiguousarray(rows[:, :100]).view("S100").ravel()
-    twins = np.ascontiguousarray(rows[:, 2 * _BLOCK : 2 * _BLOCK + 100]).view("S100").ravel()
-    stems = np.char.partition(names, b".")[:, 0]
-    same = (names == np.char.add(stems, b".cls")) & (twins == np.char.add(stems, b".latent.npy"))
-    same &= (rows[:, array_at : array_at + 128] == rows[0, array_at : array_at + 128]).all(axis=1)
-    if not same.all():
-        raise ShardError(f"{where}: sample {int((~same).argmax())} of the chunk breaks the fixed layout")
-    try:
-        labels = np.ascontiguousarray(rows[:, label_at : label_at + 16]).view("S16").ravel().astype(np.int64)
-    except ValueError:
-        raise ShardError(f"{where}: a label is not a whole number") from None
-    start = array_at + 128
-    size = int(np.prod(shape)) * 2
-    latents = np.ascontiguousarray(rows[:, start : start + size]).view(np.float16).reshape(count, *shape)
-    return Samples(latents, labels, stems)
