@@ -149,9 +149,9 @@ class Data(Section):
 
     latents: Location = "latents"
     "Folder or URL of the latent shards (the one with manifest.json): written by encode, read by train."
-    window_samples: int = Field(8192, ge=1)
+    window_samples: int = Field(16384, ge=1)
     "Samples shuffled one by one at a time; rounded up to whole global batches. More: better mixing, more memory."
-    read_tasks: int = Field(4, ge=1)
+    read_tasks: int = Field(2, ge=1)
     "Windows that are read at the same time, ahead of training."
     cache: Location = ""
     "Folder on each node (RAM or NVMe) that keeps chunks for later epochs, checked by hash. Unset: no cache."

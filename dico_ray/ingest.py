@@ -19,12 +19,13 @@ import ray.data
 from dico_ray.config import Config, UserError
 from dico_ray.data.cache import ChunkCache
 from dico_ray.data.order import SampleOrder, rank_rows
-from dico_ray.data.reader import read_chunks
+from dico_ray.data.reader import Scratch, read_chunks
 from dico_ray.data.shards import LatentBatch, Manifest
 from dico_ray.storage import Storage
 
 READ_TASK_CPUS = 0.5
 _MOST_TASKS = 4096  # Ray Data plans each one up front; longer runs read several windows in a task
+_scratch: list[Scratch] = []  # what a worker process's last window was read into, for its next one
 
 
 class StarvationError(UserError):
@@ -53,7 +54,8 @@ class WindowReader:
         keys = self.order.window_keys(window)
         flips = self.order.window_flips(window) if self.flip else np.zeros(len(keys), np.int64)
         chunks = self.order.chunks_of(keys)
-        samples = read_chunks(self.storage, self.manifest, chunks, self.cache)
+        scratch = _scratch.pop() if _scratch else Scratch()
+        samples = read_chunks(self.storage, self.manifest, chunks, self.cache, scratch)
         # Chunks are ascending, so the keys that are held are sorted, and each is found by bisection.
         places = np.searchsorted(np.concatenate([self.order.chunk_keys(chunk) for chunk in chunks]), keys)
         steps = window * self.order.window_steps + np.arange(len(keys)) // self.order.global_batch
@@ -67,6 +69,7 @@ class WindowReader:
                 "label": samples.labels[places[mine]],
                 "latents": samples.pick(places[mine], flips[mine]),
             }
+        _scratch.append(scratch)
 
 
 def sample_order(config: Config, manifest: Manifest) -> SampleOrder:
