@@ -47,6 +47,8 @@ _BENCH_DATA = (
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
     Option("--json", str, "", "file for the figures"),
 )
+_THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
+_URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
     "encode": Verb("encode", "images -> latent shards",
                    ("codec", "data", "encode", "storage", "resources")),
@@ -60,6 +62,12 @@ VERBS: dict[str, Verb] = {
                  ("run", "model", "data", "train")),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
+    "data info": Verb("data.info", "what a set of latent shards is",
+                      ("storage",), (_URL,)),
+    "data verify": Verb("data.verify", "reads all of a set of latent shards and checks every sample",
+                        ("storage",), (_URL, _THREADS)),
+    "data index": Verb("data.index", "a manifest for a WebDataset of latents that another tool made",
+                       ("codec", "encode", "storage"), (_URL, _THREADS)),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
 }  # fmt: skip

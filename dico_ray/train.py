@@ -74,6 +74,8 @@ def check_fits(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"model.in_channels: {model.in_channels}, but {where} have {manifest.channels}")
     if manifest.latent_size != size:
         raise ConfigError(f"model.latent_size: {model.latent_size}, but {where} are {manifest.latent_size}")
+    if config.train.flip and manifest.flips == 1:
+        raise ConfigError(f"train.flip: true, but {where} hold no mirrored images' latents; set train.flip false")
     if len(manifest.classes) > model.num_classes:
         raise ConfigError(f"model.num_classes: {model.num_classes}, but {where} have {len(manifest.classes)}")
 

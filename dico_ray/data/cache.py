@@ -6,10 +6,13 @@ used. Processes share the folder without locks: files appear whole, and a file t
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
+
+from dico_ray.config import ConfigError
 
 _SWEEP_SHARE = 32  # the folder is measured again each time it may have grown by 1/32 of its limit
 
@@ -31,19 +34,24 @@ class ChunkCache:
                 while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], done)):
                     done += count
             os.utime(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return done == len(buffer)
 
     def write(self, digest: str, data: memoryview) -> None:
-        """Keeps a chunk, if the folder's limit and disk allow; a full disk is no error, the chunk is read again."""
+        """Keeps a chunk, if the folder's limit and disk allow: on a full disk it will be read again from the store.
+
+        Raises ConfigError for a folder that cannot be written.
+        """
         folder = Path(self.folder)
         temporary = folder / f".{uuid4().hex}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
             os.replace(temporary, folder / digest)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise ConfigError(f"data.cache: {self.folder} cannot be written ({error.strerror})") from None
             temporary.unlink(missing_ok=True)
             return
         self._grown += len(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -194,8 +195,10 @@ def label_of(data: memoryview, kind: str, where: str) -> int | str:
         raise ShardError(f"{where}: no label ({error})") from None
     if isinstance(value, dict):
         value = next((value[name] for name in ("label", "cls", "class") if name in value), None)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        value = int(value)
     if isinstance(value, str) and value:
-        return int(value) if value.isascii() and value.isdigit() else value
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ShardError(f"{where}: {str(value)[:80]!r} is no label: a class number of 0 or more, or a class name")

@@ -78,7 +78,7 @@ class Manifest:
 
     layout: 'strided' (ours: every sample takes sample_bytes) or 'general' (members found by name, sample_bytes 0).
     members: extensions of a sample's latents and label. flips: 2 if the mirrored image's latents follow the plain
-    ones, 1 if there are none. moments: the channels are mean and log variance of the posterior, to draw from.
+    ones, 1 if there are none.
     """
 
     shards: tuple[Shard, ...]
@@ -94,7 +94,6 @@ class Manifest:
     layout: str = "strided"
     members: tuple[str, str] = MEMBERS
     flips: int = 2
-    moments: bool = False
     format: str = field(default=FORMAT)
 
     @property
@@ -118,11 +117,6 @@ class Manifest:
         first = number * self.chunk_samples
         last = min(first + self.chunk_samples, shard.count)
         return shard, number, first * self.sample_bytes, last * self.sample_bytes
-
-    @property
-    def model_channels(self) -> int:
-        """Channels of the latents that a network sees."""
-        return self.channels // 2 if self.moments else self.channels
 
     @property
     def hash(self) -> str:

@@ -119,6 +119,11 @@ def _members(file: BinaryIO, where: str, size: int) -> Iterator[tarfile.TarInfo]
             raise TarError(f"{where} at byte {end}: the header there is damaged, and what follows would be lost")
 
 
+def walk_bytes(data: bytes, where: str) -> list[TarSample]:
+    """An archive in memory -> its samples, by their places in it."""
+    return list(walk(io.BytesIO(data), where))
+
+
 def read_samples(data: bytes | memoryview, where: str) -> list[tuple[str, dict[str, memoryview]]]:
     """An archive, or a piece of one, in memory -> (key, extension -> content) of each sample."""
     view = memoryview(data)
