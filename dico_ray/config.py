@@ -163,7 +163,7 @@ class Encode(Section):
     """images -> latent shards."""
 
     images: Location = ""
-    "Folder of images with one subfolder per class (sorted names give labels 0, 1, ...)."
+    "Folder of images by class (sorted names give labels 0, 1, ...), of WebDataset .tar files, or of .parquet files."
     image_size: int = Field(256, ge=8)
     "Images are centre-cropped and scaled to this height and width (ADM's way)."
     batch_size: int = Field(32, ge=1)
@@ -172,6 +172,8 @@ class Encode(Section):
     "Samples of a shard."
     chunk_bytes: int = Field(4 * 2**20, ge=4096)
     "Size of the unit that is read, checked by hash and shuffled as one: about one range request."
+    max_skipped: int | None = Field(None, ge=0)
+    "Images that may be unreadable before encoding stops. Unset: any number; all are named in the manifest."
     sample_posterior: bool = True
     "Draw from the autoencoder's posterior (as the released features do), not take its mean."
 

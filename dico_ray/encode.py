@@ -1,4 +1,4 @@
-"""The door `encode`: a folder of images -> Ray Data over an actor pool -> latent shards and their manifest.
+"""The door `encode`: images -> Ray Data over an actor pool -> latent shards and their manifest.
 
 A shard is the unit of work: an actor reads its images, encodes them with both flips and writes it whole. What
 a shard holds depends on the images and settings alone, never on the pool; finished shards are not done again.
@@ -17,8 +17,9 @@ import xxhash
 
 from dico_ray import cluster
 from dico_ray.config import Config, ConfigError
-from dico_ray.data.images import ImageError, ImageFolder, center_crop, load_image
+from dico_ray.data.images import ImageError, center_crop, load_image
 from dico_ray.data.shards import MANIFEST, Manifest, Shard, sample_bytes, write_shard
+from dico_ray.data.sources import ImageSource, Piece
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 
@@ -28,12 +29,19 @@ _DECODERS = 8
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard's work: which images, of which labels. Keys are places in the sorted list of all images."""
+    """One shard's work: images [start, stop) of each of these pieces. Keys count on from `first`."""
 
     name: str
     first: int
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
+    pieces: tuple[tuple[Piece, int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(stop - start for _, start, stop in self.pieces)
+
+    @property
+    def labels(self) -> list[int]:
+        return [label for piece, start, stop in self.pieces for label in piece.labels[start:stop]]
 
 
 def main(config: Config, *, verbose: bool = False) -> None:
@@ -45,13 +53,13 @@ def main(config: Config, *, verbose: bool = False) -> None:
     if not config.encode.images:
         raise ConfigError("encode.images is unset; name a folder of images with one subfolder per class")
     source, target = Storage(config.encode.images), Storage(config.data.latents)
-    folder = ImageFolder.scan(source, "encode.images")
-    began = _fingerprint(config, folder)
+    images = ImageSource.scan(source, "encode.images")
+    began = _fingerprint(config, images)
     if target.exists(MANIFEST):
         _check_same(config, target, began)
         print(f"encode: {config.data.latents} is complete: nothing to do")
         return
-    plans = plan_shards(config, folder)
+    plans = plan_shards(config, images)
     done = _finished(target, began)
     cluster.connect(verbose)
     gpu = cluster.uses_gpu(config.resources)
@@ -60,30 +68,49 @@ def main(config: Config, *, verbose: bool = False) -> None:
         actors * config.resources.actor_cpus, actors if gpu else 0, f"a pool of {actors} actors", "resources.actors"
     )
     left = [plan for plan in plans if plan.name not in done]
-    _run(config, left, gpu, began, total=len(folder.paths))
-    manifest = _manifest(config, folder, [_finished(target, began)[plan.name] for plan in plans], began)
+    _run(config, images, left, gpu, began)
+    records = _finished(target, began)
+    manifest = _manifest(config, images, [records[plan.name] for plan in plans])
+    _check_skipped(config, len(manifest.skipped))
     target.write(MANIFEST, manifest.to_json().encode())
     target.remove(_PARTS)
     lost = f", {len(manifest.skipped)} images could not be read" if manifest.skipped else ""
     print(f"encode: {manifest.count} samples in {len(manifest.shards)} shards at {target.url}{lost}")
 
 
-def plan_shards(config: Config, folder: ImageFolder) -> list[ShardPlan]:
-    """Cuts the images into shards after a seeded shuffle, so that each shard holds many classes."""
-    order = np.random.Generator(np.random.Philox(config.run.seed)).permutation(len(folder.paths))
-    size = config.encode.shard_samples
-    plans = []
-    for number, first in enumerate(range(0, len(order), size)):
-        part = order[first : first + size]
-        paths = tuple(folder.paths[i] for i in part)
-        plans.append(ShardPlan(f"shard-{number:05d}.tar", first, paths, tuple(folder.labels[i] for i in part)))
+def plan_shards(config: Config, source: ImageSource) -> list[ShardPlan]:
+    """Cuts the images into shards after a seeded shuffle of the source's pieces, so that each holds many classes."""
+    order = np.random.Generator(np.random.Philox(config.run.seed)).permutation(len(source.pieces))
+    plans: list[ShardPlan] = []
+    parts: list[tuple[Piece, int, int]] = []
+    room = size = config.encode.shard_samples
+
+    def finish() -> None:
+        plans.append(ShardPlan(f"shard-{len(plans):05d}.tar", len(plans) * size, tuple(parts)))
+        parts.clear()
+
+    for piece in (source.pieces[i] for i in order):
+        start = 0
+        while start < len(piece.labels):
+            stop = min(start + room, len(piece.labels))
+            parts.append((piece, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                finish()
+                room = size
+    if parts:
+        finish()
     return plans
 
 
-def _fingerprint(config: Config, folder: ImageFolder) -> str:
+def _fingerprint(config: Config, source: ImageSource) -> str:
     """Of everything that the shards' bytes follow from, but for the images' own."""
-    settings = {"encode": config.encode.model_dump(exclude={"batch_size"}), "codec": config.codec.model_dump()}
-    facts = [settings, config.run.seed, folder.paths]
+    settings = {
+        "encode": config.encode.model_dump(exclude={"batch_size", "max_skipped"}),
+        "codec": config.codec.model_dump(),
+    }
+    facts = [settings, config.run.seed, [(p.file, p.start, p.stop, p.labels) for p in source.pieces]]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
@@ -104,34 +131,48 @@ def _finished(target: Storage, fingerprint: str) -> dict[str, dict[str, Any]]:
     return {record["shard"]["name"]: record for record in records}
 
 
-def _run(config: Config, plans: list[ShardPlan], gpu: bool, fingerprint: str, total: int) -> None:
-    done = total - sum(len(plan.paths) for plan in plans)
+def _run(config: Config, source: ImageSource, plans: list[ShardPlan], gpu: bool, fingerprint: str) -> None:
+    done = source.count - sum(plan.count for plan in plans)
+    skipped = 0
     if not plans:
         return
     pool = ray.data.from_items([{"plan": plan} for plan in plans], override_num_blocks=len(plans)).map_batches(
         ShardEncoder,
-        fn_constructor_kwargs={"config": config, "fingerprint": fingerprint, "gpu": gpu},
+        fn_constructor_kwargs={"config": config, "source": ray.put(source), "fingerprint": fingerprint, "gpu": gpu},
         batch_size=1,
         concurrency=min(config.resources.actors, len(plans)),
         num_cpus=config.resources.actor_cpus,
         num_gpus=1 if gpu else 0,
     )
-    with Progress("encode", total, "images", done) as progress:
+    with Progress("encode", source.count, "images", done) as progress:
         for row in pool.iter_rows():
             done += row["images"]
+            skipped += row["skipped"]
+            _check_skipped(config, skipped)
             progress.update(done)
+
+
+def _check_skipped(config: Config, skipped: int) -> None:
+    limit = config.encode.max_skipped
+    if limit is not None and skipped > limit:
+        raise ImageError(
+            f"{skipped} images cannot be read, more than encode.max_skipped = {limit}; raise it, or mend the images "
+            "and remove the folder of the shards"
+        )
 
 
 class ShardEncoder:
     """An actor of the pool: holds the autoencoder, turns one ShardPlan into one shard and its record."""
 
-    def __init__(self, config: Config, fingerprint: str, gpu: bool) -> None:
+    def __init__(self, config: Config, source: Any, fingerprint: str, gpu: bool) -> None:
+        """source: a reference to the ImageSource."""
         import torch
 
         from dico_ray.data.latents import Autoencoder
 
         cluster.quiet()
         self._config, self._fingerprint = config, fingerprint
+        self._images: ImageSource = ray.get(source)
         self._source, self._target = Storage(config.encode.images), Storage(config.data.latents)
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
@@ -142,27 +183,33 @@ class ShardEncoder:
         plan: ShardPlan = batch["plan"][0]
         encode = self._config.encode
         with ThreadPoolExecutor(_DECODERS) as pool:
-            decoded = list(pool.map(self._load, plan.paths))
+            loaded = [image for part in pool.map(self._load, plan.pieces) for image in part]
+        names, decoded = [name for name, _ in loaded], [image for _, image in loaded]
         good = [i for i, image in enumerate(decoded) if isinstance(image, np.ndarray)]
         if not good:
-            raise ImageError(f"none of the {len(plan.paths)} images of {plan.name} can be read: {decoded[0]}")
+            raise ImageError(f"none of the {plan.count} images of {plan.name} can be read: {decoded[0]}")
         latents = np.concatenate([
             self._encode([decoded[i] for i in good[at : at + encode.batch_size]],
-                         [plan.paths[i] for i in good[at : at + encode.batch_size]])
+                         [names[i] for i in good[at : at + encode.batch_size]])
             for at in range(0, len(good), encode.batch_size)
         ])  # fmt: skip
         keys = [f"{plan.first + i:09d}" for i in good]
         chunk = max(1, encode.chunk_bytes // sample_bytes(*latents.shape[2:]))
-        shard = write_shard(self._target, plan.name, keys, latents, [plan.labels[i] for i in good], chunk)
+        labels = plan.labels
+        shard = write_shard(self._target, plan.name, keys, latents, [labels[i] for i in good], chunk)
         self._record(shard, latents, chunk, [str(image) for image in decoded if isinstance(image, str)])
-        return {"images": [len(plan.paths)]}
+        return {"images": [plan.count], "skipped": [plan.count - len(good)]}
 
-    def _load(self, path: str) -> np.ndarray | str:
-        """An image's pixels (size, size, 3), or why there are none."""
-        try:
-            return center_crop(load_image(self._source.read(path), path), self._config.encode.image_size)
-        except ImageError as error:
-            return str(error)
+    def _load(self, part: tuple[Piece, int, int]) -> list[tuple[str, np.ndarray | str]]:
+        """(name, pixels (size, size, 3) or why there are none) of each image of a part of a piece."""
+        piece, start, stop = part
+        found: list[tuple[str, np.ndarray | str]] = []
+        for name, data in self._images.read(self._source, piece)[start:stop]:
+            try:
+                found.append((name, center_crop(load_image(data, name), self._config.encode.image_size)))
+            except ImageError as error:
+                found.append((name, str(error)))
+        return found
 
     def _encode(self, images: list[Any], paths: list[str]) -> np.ndarray:
         """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16."""
@@ -192,9 +239,9 @@ class ShardEncoder:
         self._target.write(f"{_PARTS}/{shard.name}.json", json.dumps(record).encode())
 
 
-def _manifest(config: Config, folder: ImageFolder, records: list[dict[str, Any]], fingerprint: str) -> Manifest:
+def _manifest(config: Config, source: ImageSource, records: list[dict[str, Any]]) -> Manifest:
     channels, height, width = records[0]["shape"]
-    shards = tuple(Shard(**{**r["shard"], "hashes": tuple(r["shard"]["hashes"])}) for r in records)
+    shards = tuple(Shard.from_json(r["shard"]) for r in records)
     values = sum(s.count for s in shards) * 2 * height * width
     mean = np.sum([r["sum"] for r in records], axis=0) / values
     variance = np.sum([r["squares"] for r in records], axis=0) / values - mean**2
@@ -204,7 +251,7 @@ def _manifest(config: Config, folder: ImageFolder, records: list[dict[str, Any]]
         sample_bytes=sample_bytes(channels, height, width),
         channels=channels,
         latent_size=(height, width),
-        classes=folder.classes,
+        classes=source.classes,
         image_size=config.encode.image_size,
         codec=records[0]["codec"],
         statistics={"mean": mean.tolist(), "std": np.sqrt(variance).tolist()},

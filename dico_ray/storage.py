@@ -8,6 +8,7 @@ the only home of retries: the libraries' own are switched off, so that a time li
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from uuid import uuid4
 
 import fsspec
@@ -27,6 +28,7 @@ from dico_ray.config import ConfigError, StorageSettings, UserError
 
 _ENVIRONMENT = "DICO_RAY_STORAGE"  # carries the settings to the processes that Ray starts
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
+_BUFFER_BYTES = 2**20
 _SHORT_READS = 3  # tries before a body that ends early is taken for a file that does
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FOR_GOOD = frozenset({
@@ -146,6 +148,12 @@ class Storage:
                 done += count
         return done
 
+    def file(self, name: str) -> BinaryIO:
+        """A file to read from anywhere, through ranges of a megabyte. Raises FileNotFoundError."""
+        if self.is_local:
+            return open(self.path(name), "rb")
+        return cast(BinaryIO, io.BufferedReader(_RangeFile(self, name), _BUFFER_BYTES))
+
     def write(self, name: str, data: bytes) -> None:
         """Writes a file that other readers see whole or not at all."""
         if not self.is_local:
@@ -202,6 +210,34 @@ class Storage:
                 retried[type(error).__name__] += 1
                 time.sleep(wait * random.uniform(0.5, 1))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
+
+
+class _RangeFile(io.RawIOBase):
+    """A stored file whose reads are range reads: each is tried again by itself."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name, self._at = storage, name, 0
+        self._size = storage.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        data = self._storage.read(self._name, self._at, stop) if stop > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 _CREDENTIALS = (

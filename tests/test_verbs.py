@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import ray.data
 import torch
+import webdataset
 from PIL import Image
+from pyarrow import parquet
 from webdataset import WebDataset
 
 from dico_ray import encode, evaluate, sample, train
 from dico_ray.config import Config, ConfigError
+from dico_ray.data.images import ImageError
 from dico_ray.data.latents import Autoencoder
 from dico_ray.data.reader import read_chunks
 from dico_ray.data.shards import Manifest
@@ -112,10 +116,10 @@ def test_encode_does_finished_shards_not_again(folder: Path, encoded: Manifest) 
     encode.main(config)
     root = folder / "restarted"
     complete = {p.name: p.read_bytes() for p in root.glob("*.tar")}
-    images = encode.ImageFolder.scan(Storage(config.encode.images), "encode.images")
+    images = encode.ImageSource.scan(Storage(config.encode.images), "encode.images")
     plans = encode.plan_shards(config, images)
     # As a killed encode leaves it: two shards with their records, no manifest.
-    encoder = encode.ShardEncoder(config, encode._fingerprint(config, images), gpu=False)
+    encoder = encode.ShardEncoder(config, ray.put(images), encode._fingerprint(config, images), gpu=False)
     (root / "manifest.json").unlink()
     for plan in plans[:2]:
         encoder({"plan": [plan]})
@@ -238,3 +242,51 @@ def test_missing_things_are_named_before_anything_starts(folder: Path) -> None:
     for door, sections, message in cases:
         with pytest.raises(ConfigError, match=message):
             door.main(_config(folder, **sections))
+
+
+def test_archives_and_tables_encode_as_the_folder_does(folder: Path, encoded: Manifest) -> None:
+    """The latents' mean (no posterior draw, which is keyed by name) of the same images from three kinds of source."""
+    images = encode.ImageSource.scan(Storage(str(folder / "digits")), "encode.images")
+    rows = [
+        (data, label)
+        for piece in images.pieces
+        for (_, data), label in zip(images.read(Storage(str(folder / "digits")), piece), piece.labels, strict=True)
+    ]
+    tars, tables = folder / "tars", folder / "tables"
+    tars.mkdir()
+    tables.mkdir()
+    with webdataset.TarWriter(str(tars / "0.tar")) as writer:
+        for i, (data, label) in enumerate(rows):
+            writer.write({"__key__": f"{i:05d}", "png": data, "cls": label})
+    columns = {"image": [data for data, _ in rows], "label": [label for _, label in rows]}
+    parquet.write_table(pyarrow.table(columns), tables / "0.parquet", row_group_size=7)
+    found = {}
+    for kind in ("digits", "tars", "tables"):
+        target = folder / f"mean-{kind}"
+        own = {"images": str(folder / kind), "sample_posterior": False}
+        encode.main(_config(folder, data={"latents": str(target)}, encode=own))
+        storage = Storage(str(target))
+        manifest = Manifest.load(storage)
+        samples = read_chunks(storage, manifest, range(len(manifest.chunks)))
+        found[kind] = samples.latents.reshape(len(samples.labels), -1).astype(np.float32), samples.labels
+    wanted, labels = found["digits"]
+    for kind in ("tars", "tables"):  # each shuffled its own way: every image finds its like
+        distance = np.abs(found[kind][0][:, None] - wanted[None]).max(axis=2)
+        nearest = distance.argmin(axis=1)
+        assert distance.min(axis=1).max() < 0.01
+        assert sorted(nearest.tolist()) == list(range(len(labels)))
+        assert found[kind][1].tolist() == labels[nearest].tolist()
+
+
+def test_a_limit_of_unreadable_images(folder: Path, encoded: Manifest) -> None:
+    broken = folder / "limited"
+    shutil.copytree(folder / "digits", broken)
+    for path in sorted(broken.rglob("*.png"))[:3]:
+        path.write_bytes(b"no image")
+    target = folder / "limited-latents"
+    config = _config(folder, data={"latents": str(target)}, encode={"images": str(broken), "max_skipped": 2})
+    with pytest.raises(ImageError, match=r"3 images cannot be read, more than encode\.max_skipped = 2"):
+        encode.main(config)
+    assert not (target / "manifest.json").exists()
+    encode.main(_config(folder, data={"latents": str(target)}, encode={"images": str(broken), "max_skipped": 3}))
+    assert len(Manifest.load(Storage(str(target))).skipped) == 3

@@ -16,13 +16,11 @@ import numpy as np
 import xxhash
 
 from dico_ray.config import Config, ConfigError
-from dico_ray.data.reader import label_of, npy_array
+from dico_ray.data.reader import LABEL_KINDS, label_of, npy_array
 from dico_ray.data.shards import MANIFEST, MEMBERS, Manifest, Shard, ShardError, sample_bytes
 from dico_ray.data.tars import TarSample, read_samples, walk_bytes
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
-
-_LABEL_KINDS = ("cls", "label", "json", "txt")  # the first of them that a sample has
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ def detect_members(data: bytes, where: str) -> tuple[str, str]:
         raise ShardError(f"{where} holds no samples")
     key, parts = samples[0]
     arrays = [kind for kind in parts if kind == "npy" or kind.endswith(".npy")]
-    labels = [kind for kind in _LABEL_KINDS if kind in parts]
+    labels = [kind for kind in LABEL_KINDS if kind in parts]
     if len(arrays) != 1 or not labels:
         raise ShardError(
-            f"{where}: sample {key!r} has {', '.join(parts)}; one .npy member and a label ({', '.join(_LABEL_KINDS)}) "
+            f"{where}: sample {key!r} has {', '.join(parts)}; one .npy member and a label ({', '.join(LABEL_KINDS)}) "
             "are needed"
         )
     return arrays[0], labels[0]

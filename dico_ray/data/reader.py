@@ -21,6 +21,8 @@ from dico_ray.storage import Storage, retried
 _BLOCK = 512  # of a tar archive
 _LABEL_BYTES = 16  # decimal digits, padded with zeros
 _NPY_HEADER = 128
+LABEL_KINDS = ("cls", "label", "json", "txt")
+"""Extensions under which other WebDatasets keep a label; of several, the first."""
 _RANGE_REQUESTS = 8  # at a time: hides an object store's latency
 
 
