@@ -47,6 +47,12 @@ _BENCH_DATA = (
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
     Option("--json", str, "", "file for the figures"),
 )
+_CONVERT = (
+    Option("source", str, None, "folder or URL to read"),
+    Option("target", str, None, "folder or URL to write"),
+    Option("--kind", str, "dit", "dit (a .npy file an image), lightning (safetensors), or plain (from our shards)"),
+    Option("--scale", float, 1.0, "factor on the values, where they are stored unscaled"),
+)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -68,6 +74,8 @@ VERBS: dict[str, Verb] = {
                         ("storage",), (_URL, _THREADS)),
     "data index": Verb("data.index", "a manifest for a WebDataset of latents that another tool made",
                        ("codec", "encode", "storage"), (_URL, _THREADS)),
+    "data convert": Verb("data.convert", "latents of other projects -> shards, or shards -> a plain WebDataset",
+                         ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
 }  # fmt: skip
@@ -165,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print("usage: dico-ray VERB [--recipe NAME] [--config FILE] [--section.setting VALUE ...]\n")
-        print("\n".join(f"  {name:12}{verb.summary}" for name, verb in VERBS.items()))
+        print("\n".join(f"  {name:14}{verb.summary}" for name, verb in VERBS.items()))
         print("\n`dico-ray VERB --help` explains the verb's settings.")
         return 0 if words else 2
     length = 2 if " ".join(words[:2]) in VERBS else 1

@@ -100,8 +100,14 @@ class Storage:
             fs, root = url_to_fs(self.url, **_fsspec_options(protocol, self._settings))
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{self.url}: {error}; for {protocol}:// install dico-ray[{protocol}]") from None
+        except TypeError as error:
+            raise ConfigError(f"{self.url}: {error}; {_SETTINGS}") from None
         if protocol == "s3":
             fs.retries = 1
+            try:
+                fs.connect()  # which is when s3fs looks at its options
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{self.url}: {error}; {_SETTINGS}") from None
         return fs, root.rstrip("/")
 
     @property
@@ -130,7 +136,7 @@ class Storage:
         for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
             at = start + len(data)
             what = f"{name} at byte {at}"
-            data += self._retry(what, lambda fs, at=at: _bytes(fs.cat_file(self.path(name), start=at, end=stop)))
+            data += self._retry(what, lambda fs, at=at: _range(fs, self.path(name), at, stop))
             if len(data) >= stop - start or self.is_local or start + len(data) >= self.size(name):
                 break
             retried["short read"] += 1
@@ -157,7 +163,10 @@ class Storage:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file that other readers see whole or not at all."""
         if not self.is_local:
-            self._retry(name, lambda fs: fs.pipe_file(self.path(name), data))
+            try:
+                self._retry(name, lambda fs: fs.pipe_file(self.path(name), data))
+            except FileNotFoundError as error:
+                raise StorageError(f"{self.url}/{name}: cannot be written, is there such a bucket? {error}") from error
             return
         try:
             _write_local(self.path(name), data)
@@ -168,7 +177,7 @@ class Storage:
         """Sorted paths of all files below, relative to this folder. An absent folder has none."""
         root = self._open[1]
         try:
-            found = self._retry("", lambda fs: fs.find(root))
+            found = self._retry("", lambda fs: _files(fs, root))
         except FileNotFoundError:
             return []
         return sorted(f[len(root) + 1 :] for f in found if f.endswith(suffix) and not f.endswith(".tmp"))
@@ -194,14 +203,16 @@ class Storage:
         while True:
             try:
                 return call(fs)
-            except _MISSING:
+            except _MISSING as error:
+                if _for_good(error):  # an access key that "does not exist" is no missing file
+                    raise StorageError(f"{self.url}/{what}: {_cause(error)}; {_CREDENTIALS}") from error
                 raise
             except refused as error:
                 raise ConfigError(f"{self.url}: {_cause(error)}; {_CREDENTIALS}") from error
             except (OSError, *transient) as error:
                 where = f"{self.url}/{what}".rstrip("/")
                 if _for_good(error):
-                    hint = f"; {_CREDENTIALS}" if isinstance(error, PermissionError) or "403" in str(error) else ""
+                    hint = f"; {_CREDENTIALS}" if isinstance(error, PermissionError) or _is_refusal(error) else ""
                     raise StorageError(f"{where}: {_cause(error)}{hint}") from error
                 if time.monotonic() - started + wait > self._settings.retry_s:
                     raise StorageError(
@@ -240,6 +251,7 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
+_SETTINGS = "see storage.endpoint (a URL, with http:// or https://) and storage.options"
 _CREDENTIALS = (
     "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or storage.anonymous and storage.options"
 )
@@ -258,7 +270,41 @@ def _library_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseE
 def _for_good(error: BaseException) -> bool:
     if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _FOR_GOOD):
         return True
+    return _is_refusal(error)
+
+
+def _is_refusal(error: BaseException) -> bool:
     return any(word in str(error) for word in _ARROW_FOR_GOOD)
+
+
+def _range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
+    """The file's bytes in [start, stop), fewer if it ends there; in one request, beside pyarrow's for the size."""
+    if arrow := _arrow_inside(fs):  # its wrapper's own files cannot seek
+        with arrow.open_input_file(path) as file:
+            count = min(stop, file.size()) - start
+            return file.read_at(count, start) if count > 0 else b""
+    if start >= stop:
+        return b""
+    try:
+        return _bytes(fs.cat_file(path, start=start, end=stop))
+    except OSError as error:
+        if error.errno == errno.EINVAL and fs.info(path)["size"] <= start:  # S3 refuses a range beyond the end
+            return b""
+        raise
+
+
+def _files(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    """All files below. Raises what the library does (pyarrow's wrapper takes every failure for an empty folder)."""
+    if arrow := _arrow_inside(fs):
+        from pyarrow.fs import FileSelector
+
+        return [found.path for found in arrow.get_file_info(FileSelector(root, recursive=True)) if found.is_file]
+    return fs.find(root)
+
+
+def _arrow_inside(fs: fsspec.AbstractFileSystem) -> Any:
+    """The pyarrow file system that this one wraps, if it is of that kind."""
+    return getattr(fs, "fs", None) if type(fs).__name__ == "ArrowFSWrapper" else None
 
 
 def _cause(error: BaseException) -> str:

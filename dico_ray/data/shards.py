@@ -201,8 +201,6 @@ def write_shard(
     Raises ShardError for another shape or dtype, for values that are not finite (also beyond float16), and for keys
     that readers could take apart wrongly.
     """
-    from webdataset.writer import TarWriter
-
     if latents.dtype != np.float16 or latents.ndim != 5 or latents.shape[1] != 2:
         raise ShardError(f"{name}: latents are {latents.dtype} {latents.shape}, not float16 (N, 2, C, H, W)")
     wrong = next((key for key in keys if not _KEY.fullmatch(key)), None)
@@ -214,18 +212,29 @@ def write_shard(
     if bad.any():
         key = keys[int(bad.argmax())]
         raise ShardError(f"{name}: the latents of {key} hold NaN or more than float16's {_FLOAT16_MAX:.0f}")
-    buffer = io.BytesIO()
-    writer = TarWriter(buffer, mtime=_MTIME)
-    for key, pair, label in zip(keys, latents, labels, strict=True):
-        writer.write({"__key__": key, "latent.npy": pair, "cls": str(int(label))})
-    writer.close()
-    data = buffer.getvalue()
+    data = _archive(MEMBERS[0], keys, latents, labels)
     stride = sample_bytes(*latents.shape[2:])
     end = len(keys) * stride
     assert not any(data[end:]) and len(data) - end <= 2 * 10240, "webdataset wrote members of another size"
     storage.write(name, data)
     hashes = [xxhash.xxh3_128_hexdigest(piece) for piece in _pieces(data, end, chunk_samples * stride)]
     return Shard(name, len(keys), len(data), tuple(hashes))
+
+
+def _archive(kind: str, keys: Sequence[str], latents: np.ndarray, labels: Sequence[int]) -> bytes:
+    from webdataset.writer import TarWriter
+
+    buffer = io.BytesIO()
+    writer = TarWriter(buffer, mtime=_MTIME)
+    for key, pair, label in zip(keys, latents, labels, strict=True):
+        writer.write({"__key__": key, kind: pair, "cls": str(int(label))})
+    writer.close()
+    return buffer.getvalue()
+
+
+def write_plain(storage: Storage, name: str, keys: Sequence[str], latents: np.ndarray, labels: Sequence[int]) -> None:
+    """An archive for other tools: KEY.npy (flips, C, H, W) and KEY.cls."""
+    storage.write(name, _archive("npy", keys, latents, labels))
 
 
 def _pieces(data: bytes, end: int, step: int) -> Iterator[memoryview]:
