@@ -179,7 +179,11 @@ def _webdataset_rows(paths: list[str]) -> Callable[[], int]:
     stages: Any = WebDataset(paths, shardshuffle=False)
     dataset = stages.decode().to_tuple("latent.npy", "cls").batched(_BATCH)
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context="spawn"
+        dataset,
+        batch_size=None,
+        num_workers=min(2, len(paths)),
+        persistent_workers=True,
+        multiprocessing_context="spawn",
     )
     return lambda: sum(len(labels) for _, labels in loader)
 

@@ -122,7 +122,7 @@ class _Sums:
 def _write(config: Config, rows: _Dit | _Lightning, target: Storage, scale: float) -> Manifest:
     shards: list[Shard] = []
     sums, chunk, most, done = _Sums(), 1, 0, 0
-    shape: tuple[int, ...] = ()
+    shape = tuple[int, ...]()
     stream = iter(rows)
     with Progress("convert", rows.count, "samples") as progress:
         while batch := list(islice(stream, config.encode.shard_samples)):
