@@ -211,6 +211,8 @@ class Storage:
                 raise ConfigError(f"{self.url}: {_cause(error)}; {_CREDENTIALS}") from error
             except (OSError, *transient) as error:
                 where = f"{self.url}/{what}".rstrip("/")
+                if "NO_SUCH_BUCKET" in str(error):  # pyarrow's word for it, when it lists
+                    raise FileNotFoundError(errno.ENOENT, "no such bucket", where) from error
                 if _for_good(error):
                     hint = f"; {_CREDENTIALS}" if isinstance(error, PermissionError) or _is_refusal(error) else ""
                     raise StorageError(f"{where}: {_cause(error)}{hint}") from error
@@ -299,7 +301,7 @@ def _files(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
         from pyarrow.fs import FileSelector
 
         return [found.path for found in arrow.get_file_info(FileSelector(root, recursive=True)) if found.is_file]
-    return fs.find(root)
+    return list(fs.find(root))
 
 
 def _arrow_inside(fs: fsspec.AbstractFileSystem) -> Any:

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from dico_ray.config import ConfigError
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 
 
@@ -141,3 +142,12 @@ def test_folders_below(tmp_path: Path) -> None:
 def test_unknown_protocols_are_explained() -> None:
     with pytest.raises(ConfigError, match=r"nosuch://bucket/x"):
         Storage("nosuch://bucket/x").exists("y")
+
+
+def test_credentials_are_not_written_to_the_config() -> None:
+    config = build({"storage": {"options": {"key": "the-key", "secret": "the-secret"}, "endpoint": "http://here:1"}})
+    assert config.storage.options["secret"] == "the-secret"
+    text = config.to_yaml()
+    assert "http://here:1" in text
+    assert "the-key" not in text
+    assert "the-secret" not in text

@@ -1,0 +1,311 @@
+"""Storage, the reader and the stream against a real S3 server, over a line that fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from dico_ray import cluster, ingest, storage
+from dico_ray.config import ConfigError, StorageSettings
+from dico_ray.data.reader import Samples, read_chunks
+from dico_ray.data.shards import MANIFEST, Manifest, ShardError
+from dico_ray.settings import build
+from dico_ray.storage import Storage, StorageError
+from tests.s3 import BUCKET, FAULTS, KEY, SECRET, FaultProxy, Server, server
+
+pytestmark = pytest.mark.ray
+
+Use = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(s3: Server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3.port) as found:
+        yield found
+
+
+@pytest.fixture(params=["fsspec", "pyarrow"])
+def library(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def use(library: str, s3: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Use:
+    """Makes storage settings hold for this test: the server, its credentials, and what the test adds."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # its instances keep the credentials that they began with
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "ENDPOINT_URL", "ENDPOINT_URL_S3", "PROFILE"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("DICO_RAY_STORAGE", "{}")  # so that what configure writes is taken back
+
+    def use(**settings: Any) -> None:
+        right = {"endpoint": s3.endpoint, "options": {"key": KEY, "secret": SECRET}, "retry_s": 20, "timeout_s": 10}
+        storage.configure(StorageSettings(**{"library": library, **right, **settings}))
+
+    use()
+    return use
+
+
+def folder(name: str) -> Storage:
+    return Storage(f"s3://{BUCKET}/{name}")
+
+
+@pytest.fixture(scope="module")
+def local(latents: Path) -> tuple[Manifest, Samples]:
+    """The data set and all its samples, read from the local folder."""
+    manifest = Manifest.load(Storage(str(latents)))
+    return manifest, read_chunks(Storage(str(latents)), manifest, range(len(manifest.chunks)))
+
+
+@pytest.fixture(scope="module")
+def uploaded(latents: Path, s3: Server) -> str:
+    client = s3.client()
+    for path in latents.iterdir():
+        client.put_object(Bucket=BUCKET, Key=f"latents/{path.name}", Body=path.read_bytes())
+    return "latents"
+
+
+@pytest.mark.usefixtures("use")
+def test_the_promises_of_storage_hold(library: str) -> None:
+    there = folder(f"promises-{library}")
+    assert there.names() == []
+    assert there.folders() == []
+    for name in ("b.tar", "a/2.tar", "a/1.json", "a/deep/er.tar"):
+        there.write(name, b"x")
+    assert there.names() == ["a/1.json", "a/2.tar", "a/deep/er.tar", "b.tar"]
+    assert there.names(".tar") == ["a/2.tar", "a/deep/er.tar", "b.tar"]
+    assert there.folders() == ["a"]
+    assert there.at("a").names() == ["1.json", "2.tar", "deep/er.tar"]
+    there.write("x", bytes(range(100)))
+    assert there.exists("x")
+    assert there.size("x") == 100
+    for start, stop in ((10, 20), (0, 1), (90, 200), (5, None), (100, 110), (150, 160), (5, 5)):
+        assert there.read("x", start, stop) == bytes(range(100))[start:stop]
+    buffer = bytearray(20)
+    assert there.read_into("x", 90, memoryview(buffer)) == 10
+    assert buffer == bytes(range(90, 100)) + bytes(10)
+    there.write("x", b"new")
+    assert there.read("x") == b"new"
+    there.write("empty", b"")
+    assert there.read("empty") == there.read("empty", 0, 5) == b""
+    for name in ("x", "empty", "a", "a"):
+        there.remove(name)
+    assert there.names() == ["b.tar"]
+    assert not there.exists("x")
+    for call in (there.size, there.read, lambda name: there.read(name, 0, 5)):
+        with pytest.raises(FileNotFoundError):
+            call("x")
+
+
+@pytest.mark.usefixtures("use")
+def test_files_of_several_parts(library: str) -> None:
+    data = np.random.default_rng(0).bytes(12_000_000)
+    folder(library).write("big", data)
+    assert folder(library).read("big") == data
+    assert folder(library).read("big", 1000, 9_000_000) == data[1000:9_000_000]
+
+
+@pytest.mark.usefixtures("use")
+def test_a_missing_bucket_is_named() -> None:
+    with pytest.raises(StorageError, match=r"s3://nosuchbucket/x/file"):
+        Storage("s3://nosuchbucket/x").write("file", b"x")
+    with pytest.raises(FileNotFoundError):
+        Storage("s3://nosuchbucket/x").read("file", 0, 5)
+    assert Storage("s3://nosuchbucket/x").names() == []
+
+
+CALLS: list[Callable[[Storage], Any]] = [
+    lambda there: there.write("x", b"x"),
+    lambda there: there.read(MANIFEST),
+    lambda there: there.read(MANIFEST, 0, 5),
+    lambda there: there.exists(MANIFEST),
+    lambda there: there.size(MANIFEST),
+    lambda there: there.names(),
+    lambda there: there.folders(),
+]
+
+
+@pytest.mark.parametrize("who", ["wrong secret", "unknown key", "nobody", "anonymous", "expired"])
+def test_refusals_name_the_credentials_at_once(use: Use, proxy: FaultProxy, uploaded: str, who: str) -> None:
+    options = {"wrong secret": {"key": KEY, "secret": "no"}, "unknown key": {"key": "no", "secret": "no"}}
+    use(options=options.get(who, {}), anonymous=who == "anonymous", retry_s=60)
+    if who == "expired":
+        use(endpoint=proxy.endpoint, retry_s=60)
+        proxy.refuse = "ExpiredToken"
+    started = time.monotonic()
+    for call in CALLS:
+        with pytest.raises((StorageError, ConfigError), match=r"s3://bucket/latents.*AWS_SECRET_ACCESS_KEY"):
+            call(folder(uploaded))
+    assert time.monotonic() - started < 30
+
+
+def test_the_environment_gives_endpoint_and_credentials(
+    use: Use, s3: Server, uploaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(endpoint="", options={})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    assert MANIFEST in folder(uploaded).names()
+
+
+@pytest.mark.parametrize("wrong", [{"options": {"nonsense": 1}}])
+def test_options_that_the_library_does_not_know_are_named(use: Use, wrong: dict[str, Any]) -> None:
+    use(**wrong)
+    with pytest.raises(ConfigError, match=r"nonsense.*storage\.options"):
+        folder("x").names()
+
+
+def same(found: Samples, due: Samples) -> bool:
+    return found.latents.tobytes() == due.latents.tobytes() and found.labels.tolist() == due.labels.tolist()
+
+
+def test_faults_on_the_way_change_nothing(
+    use: Use, proxy: FaultProxy, uploaded: str, library: str, local: tuple[Manifest, Samples]
+) -> None:
+    manifest, due = local
+    use(endpoint=proxy.endpoint)
+    there = folder(uploaded)
+    assert Manifest.load(there) == manifest
+    storage.retried.clear()
+    proxy.rate = 0.5
+    for _ in range(60):
+        assert same(read_chunks(there, manifest, range(len(manifest.chunks))), due)
+        if proxy.injected.total() >= 60 and set(proxy.injected) == set(FAULTS):
+            break
+    print("injected", dict(proxy.injected), "retried", dict(storage.retried))
+    assert proxy.injected.total() >= 40
+    assert set(proxy.injected) == set(FAULTS)
+    # Each fault but slowness costs one repetition, of one kind or another.
+    assert storage.retried.total() == proxy.injected.total() - proxy.injected["slow"]
+    # pyarrow does not notice that a body is short of its range: there the hash does.
+    assert storage.retried["short read"] == (proxy.injected["short"] if library == "fsspec" else 0)
+    assert (
+        storage.retried["hash"] + storage.retried["short read"] == proxy.injected["flipped"] + proxy.injected["short"]
+    )
+
+
+def test_an_answer_that_never_comes_ends_at_the_time_limit(
+    use: Use, proxy: FaultProxy, uploaded: str, local: tuple[Manifest, Samples]
+) -> None:
+    use(endpoint=proxy.endpoint, timeout_s=1, retry_s=1)
+    proxy.hang_s = 20
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"shard-00000\.tar at byte 0.*storage\.retry_s"):
+        read_chunks(folder(uploaded), local[0], [0])
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "ends before", "changed"])
+def test_a_damaged_shard_is_named_at_once(
+    use: Use, s3: Server, latents: Path, library: str, local: tuple[Manifest, Samples], damage: str
+) -> None:
+    use(retry_s=60)
+    manifest, name = local[0], local[0].shards[0].name
+    _, _, start, stop = manifest.span(1)
+    data = bytearray((latents / name).read_bytes())
+    key = f"damaged-{library}/{name}"
+    if damage == "changed":
+        data[start + 2000] ^= 1
+    else:
+        data = data[: {"gone": 0, "cut": stop - 1, "ends before": start - 10}[damage]]
+    s3.client().put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    if damage == "gone":
+        s3.client().delete_object(Bucket=BUCKET, Key=key)
+    cause = {"gone": "the shard is gone", "changed": "the shard was changed"}.get(damage, "the shard is cut short")
+    started = time.monotonic()
+    with pytest.raises(ShardError, match=rf"s3://bucket/{key} at byte {start}: .*{cause}"):
+        read_chunks(folder(f"damaged-{library}"), manifest, [1])
+    assert time.monotonic() - started < 20
+
+
+def test_a_store_that_comes_back_is_waited_for(
+    use: Use, proxy: FaultProxy, uploaded: str, local: tuple[Manifest, Samples]
+) -> None:
+    use(endpoint=proxy.endpoint, retry_s=60)
+    there = folder(uploaded)
+    there.read(MANIFEST)
+    storage.retried.clear()
+    proxy.away(3)
+    found = read_chunks(there, local[0], [0, 5])
+    assert not proxy.is_away
+    assert np.array_equal(found.labels[:16], local[1].labels[:16])
+    assert storage.retried.total() > 2
+
+
+def test_a_store_that_stays_away_names_the_limit(
+    use: Use, proxy: FaultProxy, uploaded: str, local: tuple[Manifest, Samples]
+) -> None:
+    use(endpoint=proxy.endpoint, retry_s=1)
+    proxy.away(60)
+    with pytest.raises(StorageError, match=r"shard-00000\.tar at byte 0: failed for 1 s \(storage\.retry_s\)"):
+        read_chunks(folder(uploaded), local[0], [0])
+    with pytest.raises(StorageError, match=r"storage\.retry_s"):
+        folder(uploaded).names()
+
+
+def _stream(url: str, steps: int = 10) -> dict[int, dict[str, np.ndarray]]:
+    """Two workers' batches put together, by step."""
+    config = build(
+        {
+            "data": {"latents": url, "window_samples": 70, "read_tasks": 2},
+            "model": {"latent_size": 8, "num_classes": 10},
+            "train": {"global_batch": 24, "steps": steps, "num_workers": 2, "data_timeout_s": 60},
+        }
+    )
+    dataset = ingest.training_dataset(config, Manifest.load(Storage(url)), 0)
+    dataset.context.execution_options = ingest.execution_options()
+
+    @ray.remote(num_cpus=0)
+    def consume(shard: Any, rank: int) -> dict[int, tuple[np.ndarray, ...]]:
+        return {b.step: (b.keys, b.labels, b.latents) for b in ingest.rank_batches(shard, config, rank, 0)}
+
+    splits = dataset.streaming_split(2, equal=True)
+    parts = ray.get([consume.remote(split, rank) for rank, split in enumerate(splits)])
+    names = ("keys", "labels", "latents")
+    return {
+        step: {name: np.concatenate([part[step][i] for part in parts]) for i, name in enumerate(names)}
+        for step in range(steps)
+    }
+
+
+@cache
+def _undisturbed(url: str) -> dict[int, dict[str, np.ndarray]]:
+    return _stream(url)
+
+
+def test_the_stream_is_the_same_over_a_line_that_fails(
+    use: Use, proxy: FaultProxy, uploaded: str, latents: Path
+) -> None:
+    use(endpoint=proxy.endpoint)  # before Ray starts: its workers inherit it
+    cluster.quiet()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        due = _undisturbed(str(latents))
+        proxy.rate = 0.6
+        found = _stream(folder(uploaded).url)
+    finally:
+        ray.shutdown()
+    print("injected", dict(proxy.injected))
+    assert proxy.injected.total() >= 10
+    for step, batch in due.items():
+        for name, column in batch.items():
+            assert found[step][name].tobytes() == column.tobytes(), (step, name)
