@@ -47,10 +47,10 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> Any:
-        """A boto3 client with the right credentials, past any proxy."""
-        import boto3
+        """A plain S3 client with the right credentials, past any proxy."""
+        from botocore.session import get_session  # s3fs brings it
 
-        return boto3.client(
+        return get_session().create_client(
             "s3", endpoint_url=self.endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
             region_name="us-east-1",
         )  # fmt: skip
