@@ -122,7 +122,11 @@ class Storage:
         return f"{self._open[1]}/{name}"
 
     def exists(self, name: str) -> bool:
-        return self._retry(f"{name}", lambda fs: fs.exists(self.path(name)))
+        try:  # not fsspec's own `exists`, which takes any failure for an absence
+            self._retry(name, lambda fs: fs.info(self.path(name)))
+        except _MISSING:
+            return False
+        return True
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
