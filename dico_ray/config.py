@@ -174,8 +174,8 @@ class Encode(Section):
     "Size of the unit that is read, checked by hash and shuffled as one: about one range request."
     max_skipped: int | None = Field(None, ge=0)
     "Images that may be unreadable before encoding stops. Unset: any number; all are named in the manifest."
-    sample_posterior: bool = True
-    "Draw from the autoencoder's posterior (as the released features do), not take its mean."
+    store: Literal["sample", "mean", "moments"] = "sample"
+    "One draw of the autoencoder's posterior (as the released features), its mean, or mean and log variance."
 
 
 class Train(Section):

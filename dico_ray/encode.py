@@ -212,22 +212,29 @@ class ShardEncoder:
         return found
 
     def _encode(self, images: list[Any], paths: list[str]) -> np.ndarray:
-        """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16."""
+        """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16.
+
+        C counts mean and log variance if encode.store says moments.
+        """
         pixels = np.stack(images)
-        pair = [self._vae.encode(p, self._noise(paths, flip)) for flip, p in enumerate((pixels, pixels[:, :, ::-1]))]
+        pair = [self._latents(p, paths, flip) for flip, p in enumerate((pixels, pixels[:, :, ::-1]))]
         return np.stack(pair, axis=1).astype(np.float16)
 
-    def _noise(self, paths: list[str], flip: int) -> Any:
-        """The posterior's draw, keyed by the image's own path: the same in any batch, shard and pool."""
+    def _latents(self, pixels: np.ndarray, paths: list[str], flip: int) -> np.ndarray:
+        """A posterior's draw is keyed by the image's own path: the same in any batch, shard and pool."""
         import torch
 
+        from dico_ray.data.latents import draw_posterior
         from dico_ray.diffusion.noise import Stream, normal
 
-        if not self._config.encode.sample_posterior:
-            return None
-        side = self._config.encode.image_size // self._vae.factor
-        rows = torch.tensor([xxhash.xxh32_intdigest(path.encode()) for path in paths])
-        return normal(self._config.run.seed, Stream.POSTERIOR, flip, rows, (self._vae.channels, side, side))
+        moments, store = self._vae.encode(pixels), self._config.encode.store
+        if store == "sample":
+            rows = torch.tensor([xxhash.xxh32_intdigest(path.encode()) for path in paths], device=moments.device)
+            shape = (self._vae.channels, *moments.shape[2:])
+            latents = draw_posterior(moments, normal(self._config.run.seed, Stream.POSTERIOR, flip, rows, shape))
+        else:
+            latents = moments if store == "moments" else moments[:, : self._vae.channels]
+        return latents.cpu().numpy()
 
     def _record(self, shard: Shard, latents: np.ndarray, chunk: int, skipped: list[str]) -> None:
         values = latents.astype(np.float64)
@@ -256,4 +263,5 @@ def _manifest(config: Config, source: ImageSource, records: list[dict[str, Any]]
         codec=records[0]["codec"],
         statistics={"mean": mean.tolist(), "std": np.sqrt(variance).tolist()},
         skipped=tuple(reason for r in records for reason in r["skipped"]),
+        content="moments" if config.encode.store == "moments" else "latents",
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from dico_ray.config import Config, UserError
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.cache import ChunkCache
 from dico_ray.data.order import SampleOrder, rank_rows
 from dico_ray.data.reader import Scratch, read_chunks
@@ -98,9 +98,36 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
 
 
 def _block_bytes(reader: WindowReader) -> int:
-    manifest = reader.manifest
+    return _window_bytes(reader.manifest, reader.order) // reader.world_size
+
+
+def _window_bytes(manifest: Manifest, order: SampleOrder) -> int:
+    """What one window takes in the object store, over all ranks: its columns, one flip of each sample."""
     row = 4 * 8 + manifest.channels * manifest.latent_size[0] * manifest.latent_size[1] * 2
-    return row * reader.order.window_steps * reader.order.global_batch // reader.world_size
+    return row * order.window_steps * order.global_batch
+
+
+def check_memory(config: Config, manifest: Manifest) -> None:
+    """Raises ConfigError if the windows in flight cannot fit into the cluster's object store: it would spill to disk.
+
+    In flight are those being read, one that waits, and one that is being trained on.
+    """
+    order = sample_order(config, manifest)
+    window, have = _window_bytes(manifest, order), ray.cluster_resources().get("object_store_memory", 0)
+    need = window * (config.data.read_tasks + 2)
+    if need > have:
+        raise ConfigError(
+            f"data.window_samples: windows of {order.window_steps * order.global_batch:,} samples take "
+            f"{window / 1e6:,.0f} MB, and {config.data.read_tasks + 2} are in flight (data.read_tasks + 2): "
+            f"{need / 1e6:,.0f} MB, but the cluster's object store has {have / 1e6:,.0f} MB; lower data.window_samples "
+            "or data.read_tasks, or give Ray more (--object-store-memory)"
+        )
+
+
+def object_store_use() -> tuple[float, float]:
+    """Bytes of the cluster's object store that are taken, and all it has."""
+    have = ray.cluster_resources().get("object_store_memory", 0.0)
+    return have - ray.available_resources().get("object_store_memory", 0.0), have
 
 
 def execution_options() -> ray.data.ExecutionOptions:
@@ -128,6 +155,27 @@ def rank_batches(shard: Any, config: Config, rank: int, start_step: int) -> Iter
         step += 1
 
 
+def _why_starving() -> str:
+    """What keeps Ray Data from reading, as far as the cluster's resources tell."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    cpus, left = have.get("CPU", 0), free.get("CPU", 0)
+    used, store = object_store_use()
+    if left < READ_TASK_CPUS:
+        return (
+            f"of the cluster's {cpus:g} CPUs {left:g} are free, and a read task needs {READ_TASK_CPUS:g}: training "
+            "workers or other jobs hold them; lower resources.worker_cpus, stop the other jobs, or add a CPU node"
+        )
+    if used > 0.95 * store:
+        return (
+            f"the object store is full ({used / 1e6:,.0f} of {store / 1e6:,.0f} MB); lower data.window_samples or "
+            "data.read_tasks, or see what else keeps objects there (`ray memory`)"
+        )
+    return (
+        f"{left:g} CPUs are free, so read tasks can run, and the storage does not answer or is too slow; see "
+        "`dico-ray data verify`, storage.timeout_s and storage.retry_s, and Ray's log of the read tasks"
+    )
+
+
 def _with_timeout(stream: Any, seconds: float) -> Iterator[dict[str, np.ndarray]]:
     """The same items; an exception of the stream's is raised here."""
     items: queue.Queue[Any] = queue.Queue(maxsize=1)
@@ -146,10 +194,7 @@ def _with_timeout(stream: Any, seconds: float) -> Iterator[dict[str, np.ndarray]
         try:
             item = items.get(timeout=seconds)
         except queue.Empty:
-            raise StarvationError(
-                f"no batch for {seconds:g} s (train.data_timeout_s): Ray Data's read tasks are not running or the "
-                "storage hangs; see that CPUs are left for them (resources.worker_cpus) and the storage answers"
-            ) from None
+            raise StarvationError(f"no batch for {seconds:g} s (train.data_timeout_s): {_why_starving()}") from None
         if item is done:
             return
         if isinstance(item, BaseException):

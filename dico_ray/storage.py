@@ -22,28 +22,26 @@ from typing import Any, BinaryIO, TypeVar, cast
 from uuid import uuid4
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from dico_ray.config import ConfigError, StorageSettings, UserError
+from dico_ray.stores import (
+    CREDENTIALS,
+    MISSING,
+    ArrowStore,
+    as_bytes,
+    cause,
+    for_good,
+    is_refusal,
+    library_errors,
+    list_files,
+    open_store,
+    read_into,
+)
 
 _ENVIRONMENT = "DICO_RAY_STORAGE"  # carries the settings to the processes that Ray starts
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
 _BUFFER_BYTES = 2**20
 _SHORT_READS = 3  # tries before a body that ends early is taken for a file that does
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_FOR_GOOD = frozenset({
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG,
-    errno.ENOSYS, errno.EEXIST, errno.ENOTEMPTY, errno.EMSGSIZE, errno.ELOOP,
-})  # fmt: skip
-#                 how pyarrow, which knows one error class, words what no repetition will mend
-_ARROW_FOR_GOOD = (
-    "ACCESS_DENIED",
-    "INVALID_ACCESS_KEY",
-    "SIGNATURE",
-    "EXPIRED",
-    "UNRECOGNIZED_CLIENT",
-    "HTTP status 403",
-)
 
 retried: Counter[str] = Counter()
 """Failures of this process that a repetition mended or tried to, by kind."""
@@ -93,22 +91,7 @@ class Storage:
 
     @cached_property
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        protocol = self.url.partition("://")[0] if "://" in self.url else "file"
-        try:
-            if protocol in ("s3", "gs") and self._settings.library == "pyarrow":
-                return _arrow(protocol, self._settings), self.url.partition("://")[2].rstrip("/")
-            fs, root = url_to_fs(self.url, **_fsspec_options(protocol, self._settings))
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"{self.url}: {error}; for {protocol}:// install dico-ray[{protocol}]") from None
-        except TypeError as error:
-            raise ConfigError(f"{self.url}: {error}; {_SETTINGS}") from None
-        if protocol == "s3":
-            fs.retries = 1
-            try:
-                fs.connect()  # which is when s3fs looks at its options
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{self.url}: {error}; {_SETTINGS}") from None
-        return fs, root.rstrip("/")
+        return open_store(self.url, self._settings)
 
     @property
     def is_local(self) -> bool:
@@ -118,13 +101,19 @@ class Storage:
         """The folder below this one."""
         return Storage("/".join([self.url.rstrip("/"), *parts]))
 
+    @property
+    def library(self) -> Any:
+        """What requests go through: an fsspec file system, or pyarrow's own."""
+        fs = self._open[0]
+        return fs.fs if isinstance(fs, ArrowStore) else fs
+
     def path(self, name: str) -> str:
         return f"{self._open[1]}/{name}"
 
     def exists(self, name: str) -> bool:
         try:  # not fsspec's own `exists`, which takes any failure for an absence
             self._retry(name, lambda fs: fs.info(self.path(name)))
-        except _MISSING:
+        except MISSING:
             return False
         return True
 
@@ -135,27 +124,24 @@ class Storage:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """A file's bytes, or those in [start, stop): fewer only if the file ends there. Raises FileNotFoundError."""
         if stop is None:
-            return self._retry(name, lambda fs: _bytes(fs.cat_file(self.path(name))))[start:]
-        data = b""
-        for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
-            at = start + len(data)
-            what = f"{name} at byte {at}"
-            data += self._retry(what, lambda fs, at=at: _range(fs, self.path(name), at, stop))
-            if len(data) >= stop - start or self.is_local or start + len(data) >= self.size(name):
-                break
-            retried["short read"] += 1
-        return data
+            return self._retry(name, lambda fs: as_bytes(fs.cat_file(self.path(name))))[start:]
+        buffer = bytearray(max(0, stop - start))
+        count = self.read_into(name, start, memoryview(buffer))
+        return bytes(memoryview(buffer)[:count])
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> int:
         """Fills `buffer` from a file's byte `start` on; how many bytes there were. Raises FileNotFoundError."""
-        if not self.is_local:
-            data = self.read(name, start, start + len(buffer))
-            buffer[: len(data)] = data
-            return len(data)
-        with open(self.path(name), "rb", buffering=0) as file:
-            done = 0
-            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
-                done += count
+        if self.is_local:
+            return self._retry(f"{name} at byte {start}", lambda fs: _read_local(self.path(name), start, buffer))
+        done = 0
+        for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
+            at, rest = start + done, buffer[done:]
+            done += self._retry(
+                f"{name} at byte {at}", lambda fs, at=at, rest=rest: read_into(fs, self.path(name), at, rest)
+            )
+            if done >= len(buffer) or start + done >= self.size(name):
+                break
+            retried["short read"] += 1
         return done
 
     def file(self, name: str) -> BinaryIO:
@@ -181,7 +167,7 @@ class Storage:
         """Sorted paths of all files below, relative to this folder. An absent folder has none."""
         root = self._open[1]
         try:
-            found = self._retry("", lambda fs: _files(fs, root))
+            found = self._retry("", lambda fs: list_files(fs, root))
         except FileNotFoundError:
             return []
         return sorted(f[len(root) + 1 :] for f in found if f.endswith(suffix) and not f.endswith(".tmp"))
@@ -203,26 +189,26 @@ class Storage:
         """The call's result; transient failures are tried again, with growing pauses, for storage.retry_s."""
         fs = self._open[0]
         started, wait = time.monotonic(), _FIRST_WAIT_S
-        transient, refused = _library_errors()
+        transient, refused = library_errors()
         while True:
             try:
                 return call(fs)
-            except _MISSING as error:
-                if _for_good(error):  # an access key that "does not exist" is no missing file
-                    raise StorageError(f"{self.url}/{what}: {_cause(error)}; {_CREDENTIALS}") from error
+            except MISSING as error:
+                if for_good(error):  # an access key that "does not exist" is no missing file
+                    raise StorageError(f"{self.url}/{what}: {cause(error)}; {CREDENTIALS}") from error
                 raise
             except refused as error:
-                raise ConfigError(f"{self.url}: {_cause(error)}; {_CREDENTIALS}") from error
+                raise ConfigError(f"{self.url}: {cause(error)}; {CREDENTIALS}") from error
             except (OSError, *transient) as error:
                 where = f"{self.url}/{what}".rstrip("/")
                 if "NO_SUCH_BUCKET" in str(error):  # pyarrow's word for it, when it lists
                     raise FileNotFoundError(errno.ENOENT, "no such bucket", where) from error
-                if _for_good(error):
-                    hint = f"; {_CREDENTIALS}" if isinstance(error, PermissionError) or _is_refusal(error) else ""
-                    raise StorageError(f"{where}: {_cause(error)}{hint}") from error
+                if for_good(error):
+                    hint = f"; {CREDENTIALS}" if isinstance(error, PermissionError) or is_refusal(error) else ""
+                    raise StorageError(f"{where}: {cause(error)}{hint}") from error
                 if time.monotonic() - started + wait > self._settings.retry_s:
                     raise StorageError(
-                        f"{where}: failed for {self._settings.retry_s:g} s (storage.retry_s), last: {_cause(error)}"
+                        f"{where}: failed for {self._settings.retry_s:g} s (storage.retry_s), last: {cause(error)}"
                     ) from error
                 retried[type(error).__name__] += 1
                 time.sleep(wait * random.uniform(0.5, 1))
@@ -257,68 +243,12 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
-_SETTINGS = "see storage.endpoint (a URL, with http:// or https://) and storage.options"
-_CREDENTIALS = (
-    "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or storage.anonymous and storage.options"
-)
-
-
-def _library_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
-    """What the installed libraries raise beside OSError: (transient, for want of credentials)."""
-    try:
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
-    except ImportError:
-        return (), ()
-    return (ClientError, BotoCoreError), (NoCredentialsError, PartialCredentialsError)
-
-
-def _for_good(error: BaseException) -> bool:
-    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _FOR_GOOD):
-        return True
-    return _is_refusal(error)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return any(word in str(error) for word in _ARROW_FOR_GOOD)
-
-
-def _range(fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
-    """The file's bytes in [start, stop), fewer if it ends there; in one request, beside pyarrow's for the size."""
-    if arrow := _arrow_inside(fs):  # its wrapper's own files cannot seek
-        with arrow.open_input_file(path) as file:
-            count = min(stop, file.size()) - start
-            return file.read_at(count, start) if count > 0 else b""
-    if start >= stop:
-        return b""
-    try:
-        return _bytes(fs.cat_file(path, start=start, end=stop))
-    except OSError as error:
-        if error.errno == errno.EINVAL and fs.info(path)["size"] <= start:  # S3 refuses a range beyond the end
-            return b""
-        raise
-
-
-def _files(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
-    """All files below. Raises what the library does (pyarrow's wrapper takes every failure for an empty folder)."""
-    if arrow := _arrow_inside(fs):
-        from pyarrow.fs import FileSelector
-
-        return [found.path for found in arrow.get_file_info(FileSelector(root, recursive=True)) if found.is_file]
-    return list(fs.find(root))
-
-
-def _arrow_inside(fs: fsspec.AbstractFileSystem) -> Any:
-    """The pyarrow file system that this one wraps, if it is of that kind."""
-    return getattr(fs, "fs", None) if type(fs).__name__ == "ArrowFSWrapper" else None
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _bytes(data: Any) -> bytes:
-    return data if isinstance(data, bytes) else data.encode()
+def _read_local(path: str, start: int, buffer: memoryview) -> int:
+    with open(path, "rb", buffering=0) as file:
+        done = 0
+        while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
+            done += count
+    return done
 
 
 def _write_local(path: str, data: bytes) -> None:
@@ -333,38 +263,3 @@ def _write_local(path: str, data: bytes) -> None:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _fsspec_options(protocol: str, settings: StorageSettings) -> dict[str, Any]:
-    """The settings in the words of the protocol's fsspec package."""
-    if protocol == "file":
-        return {}
-    options: dict[str, Any] = {"use_listings_cache": False, **settings.options}
-    if protocol == "s3":
-        seconds = settings.timeout_s
-        config = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
-        options |= {"config_kwargs": {**config, **options.get("config_kwargs", {})}}
-        options |= {"endpoint_url": settings.endpoint} if settings.endpoint else {}
-        options |= {"anon": True} if settings.anonymous else {}
-    if protocol == "gs":
-        options |= {"endpoint_url": settings.endpoint} if settings.endpoint else {}
-        options |= {"token": "anon"} if settings.anonymous else {}
-    return options
-
-
-def _arrow(protocol: str, settings: StorageSettings) -> fsspec.AbstractFileSystem:
-    """The same store through pyarrow.fs (C++, no Python in its requests)."""
-    from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow import fs
-
-    if protocol == "gs":
-        return ArrowFSWrapper(fs.GcsFileSystem(anonymous=settings.anonymous, **settings.options))
-    names = {"key": "access_key", "secret": "secret_key", "token": "session_token"}
-    options = {names.get(name, name): value for name, value in settings.options.items()}
-    endpoint = settings.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        options |= {"endpoint_override": endpoint, "region": options.get("region", "us-east-1")}
-    return ArrowFSWrapper(fs.S3FileSystem(
-        anonymous=settings.anonymous, connect_timeout=settings.timeout_s, request_timeout=settings.timeout_s,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1), **options,
-    ))  # fmt: skip

@@ -57,6 +57,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         f"training with {workers} workers, and a CPU share for reading data,",
         "train.num_workers or resources.worker_cpus",
     )
+    ingest.check_memory(config, manifest)
     recorder = _start_recorder(config, start)
     with _display(config, recorder, start):
         _fit(config, manifest, recorder, gpu)
@@ -70,8 +71,8 @@ def check_fits(config: Config, manifest: Manifest) -> None:
     """Raises ConfigError if the model cannot take the data set's latents or labels."""
     model, size = config.model, (config.model.latent_size,) * 2
     where = f"the latents of {config.data.latents}"
-    if manifest.channels != model.in_channels:
-        raise ConfigError(f"model.in_channels: {model.in_channels}, but {where} have {manifest.channels}")
+    if manifest.latent_channels != model.in_channels:
+        raise ConfigError(f"model.in_channels: {model.in_channels}, but {where} have {manifest.latent_channels}")
     if manifest.latent_size != size:
         raise ConfigError(f"model.latent_size: {model.latent_size}, but {where} are {manifest.latent_size}")
     if config.train.flip and manifest.flips == 1:
@@ -144,6 +145,7 @@ class _Recorder:
             self._trackers = [open_tracker(s, run.url, self._config.run.name, about) for s in self._config.run.track]
 
     def log(self, metrics: dict[str, Any]) -> None:
+        metrics["object_store_mb"] = ingest.object_store_use()[0] / 1e6
         self._latest = metrics
         assert self._log and self._trackers is not None
         for log in (self._log, *self._trackers):

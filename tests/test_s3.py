@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pytest
 import ray
 
@@ -193,13 +195,13 @@ def test_faults_on_the_way_change_nothing(
     print("injected", dict(proxy.injected), "retried", dict(storage.retried))
     assert proxy.injected.total() >= 40
     assert set(proxy.injected) == set(FAULTS)
-    # Each fault but slowness costs one repetition, of one kind or another.
-    assert storage.retried.total() == proxy.injected.total() - proxy.injected["slow"]
-    # pyarrow does not notice that a body is short of its range: there the hash does.
+    # Each fault but slowness costs one repetition, of one kind or another. pyarrow does not notice that a body is short
+    # of its range: there the hash does, unless the memory happened to hold the right bytes already.
+    unseen = proxy.injected.total() - proxy.injected["slow"] - storage.retried.total()
+    assert 0 <= unseen <= (0 if library == "fsspec" else proxy.injected["short"])
     assert storage.retried["short read"] == (proxy.injected["short"] if library == "fsspec" else 0)
-    assert (
-        storage.retried["hash"] + storage.retried["short read"] == proxy.injected["flipped"] + proxy.injected["short"]
-    )
+    silent = proxy.injected["flipped"] + proxy.injected["short"]
+    assert storage.retried["hash"] + storage.retried["short read"] == silent - unseen
 
 
 def test_an_answer_that_never_comes_ends_at_the_time_limit(
@@ -261,15 +263,16 @@ def test_a_store_that_stays_away_names_the_limit(
         folder(uploaded).names()
 
 
-def _stream(url: str, steps: int = 10) -> dict[int, dict[str, np.ndarray]]:
+STEPS = 60
+
+
+def _stream(url: str) -> dict[int, dict[str, np.ndarray]]:
     """Two workers' batches put together, by step."""
-    config = build(
-        {
-            "data": {"latents": url, "window_samples": 70, "read_tasks": 2},
-            "model": {"latent_size": 8, "num_classes": 10},
-            "train": {"global_batch": 24, "steps": steps, "num_workers": 2, "data_timeout_s": 60},
-        }
-    )
+    config = build({
+        "data": {"latents": url, "window_samples": 70, "read_tasks": 2},
+        "model": {"latent_size": 8, "num_classes": 10},
+        "train": {"global_batch": 24, "steps": STEPS, "num_workers": 2, "data_timeout_s": 60},
+    })  # fmt: skip
     dataset = ingest.training_dataset(config, Manifest.load(Storage(url)), 0)
     dataset.context.execution_options = ingest.execution_options()
 
@@ -282,7 +285,7 @@ def _stream(url: str, steps: int = 10) -> dict[int, dict[str, np.ndarray]]:
     names = ("keys", "labels", "latents")
     return {
         step: {name: np.concatenate([part[step][i] for part in parts]) for i, name in enumerate(names)}
-        for step in range(steps)
+        for step in range(STEPS)
     }
 
 
@@ -291,21 +294,35 @@ def _undisturbed(url: str) -> dict[int, dict[str, np.ndarray]]:
     return _stream(url)
 
 
+def _read_webdataset(endpoint: str, shards: list[str], samples: int) -> str:
+    """What Ray's own reader makes of the same line: 'whole', 'rows lost without a word', or 'an error'."""
+    store = pyarrow.fs.S3FileSystem(access_key=KEY, secret_key=SECRET, endpoint_override=endpoint, region="us-east-1")
+    try:
+        rows = ray.data.read_webdataset(shards, filesystem=store, decoder=None).take_all()
+    except (ray.exceptions.RayError, OSError, ValueError):
+        return "an error"
+    return "whole" if len(rows) == samples else "rows lost without a word"
+
+
 def test_the_stream_is_the_same_over_a_line_that_fails(
-    use: Use, proxy: FaultProxy, uploaded: str, latents: Path
+    use: Use, proxy: FaultProxy, uploaded: str, latents: Path, local: tuple[Manifest, Samples]
 ) -> None:
-    use(endpoint=proxy.endpoint)  # before Ray starts: its workers inherit it
+    use(endpoint=proxy.endpoint, retry_s=120)  # before Ray starts: its workers inherit it
     cluster.quiet()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         due = _undisturbed(str(latents))
-        proxy.rate = 0.6
+        proxy.rate = 0.45
         found = _stream(folder(uploaded).url)
+        injected = proxy.injected.total()
+        shards = [f"{BUCKET}/{uploaded}/{shard.name}" for shard in local[0].shards]
+        theirs = Counter(_read_webdataset(proxy.endpoint, shards, local[0].count) for _ in range(6))
     finally:
         ray.shutdown()
-    print("injected", dict(proxy.injected))
-    assert proxy.injected.total() >= 10
+    print(f"{injected} faults into our stream; ray.data.read_webdataset on the same line, six times: {dict(theirs)}")
+    assert injected >= 40
+    assert theirs.total() == 6
     for step, batch in due.items():
         for name, column in batch.items():
             assert found[step][name].tobytes() == column.tobytes(), (step, name)

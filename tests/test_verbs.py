@@ -19,6 +19,7 @@ from webdataset import WebDataset
 
 from dico_ray import encode, evaluate, sample, train
 from dico_ray.config import Config, ConfigError
+from dico_ray.data import convert
 from dico_ray.data.images import ImageError
 from dico_ray.data.latents import Autoencoder
 from dico_ray.data.reader import read_chunks
@@ -27,6 +28,7 @@ from dico_ray.demo.digits import load_digits
 from dico_ray.operate import report
 from dico_ray.recipes import resolve
 from dico_ray.storage import Storage
+from dico_ray.training.telemetry import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -146,7 +148,30 @@ def test_images_that_cannot_be_read_are_left_out_and_named(folder: Path, encoded
 
 def test_latents_of_other_settings_are_not_written_over(folder: Path, encoded: Manifest) -> None:
     with pytest.raises(ConfigError, match="encoded from other images or settings"):
-        encode.main(_config(folder, encode={"sample_posterior": False}))
+        encode.main(_config(folder, encode={"store": "mean"}))
+
+
+def test_moments_are_stored_and_trained_on(folder: Path, encoded: Manifest) -> None:
+    """Each time that a sample is seen, its latents are drawn anew; a run with them repeats all the same."""
+    target = folder / "moments"
+    own = {"latents": str(target)}
+    encode.main(_config(folder, data=own, encode={"store": "moments"}))
+    manifest = Manifest.load(Storage(str(target)))
+    assert (manifest.content, manifest.channels, manifest.latent_channels) == ("moments", 8, 4)
+    moments = _latents(str(target)).astype(np.float32)
+    drawn = _latents(str(folder / "latents")).astype(np.float32)
+    deviations = (drawn - moments[:, :, :4]) / np.exp(moments[:, :, 4:] / 2)
+    assert abs(float(deviations.mean())) < 0.05
+    assert abs(float(deviations.std()) - 1) < 0.05
+    losses = []
+    for name in ("once", "again"):
+        train.main(_config(folder, data=own, run={"name": f"moments-{name}"}))
+        losses.append([m["loss"] for m in read_metrics(Storage(str(folder / "runs" / f"moments-{name}")))])
+    assert losses[0] == losses[1]
+    with pytest.raises(ConfigError, match="means and log variances"):
+        convert.main(
+            _config(folder), verbose=False, source=str(target), target=str(folder / "x"), kind="plain", scale=1.0
+        )
 
 
 def test_stock_readers_read_the_shards(folder: Path, encoded: Manifest) -> None:
@@ -263,7 +288,7 @@ def test_archives_and_tables_encode_as_the_folder_does(folder: Path, encoded: Ma
     found = {}
     for kind in ("digits", "tars", "tables"):
         target = folder / f"mean-{kind}"
-        own = {"images": str(folder / kind), "sample_posterior": False}
+        own = {"images": str(folder / kind), "store": "mean"}
         encode.main(_config(folder, data={"latents": str(target)}, encode=own))
         storage = Storage(str(target))
         manifest = Manifest.load(storage)

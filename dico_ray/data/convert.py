@@ -152,6 +152,8 @@ def _write(config: Config, rows: _Dit | _Lightning, target: Storage, scale: floa
 
 def _to_plain(source: Storage, target: Storage) -> None:
     manifest = Manifest.load(source)
+    if manifest.content == "moments":
+        raise ConfigError(f"{source.url} holds means and log variances, which no other tool reads; encode samples")
     chunk, done = 0, 0
     with Progress("convert", manifest.count, "samples") as progress:
         for shard in manifest.shards:

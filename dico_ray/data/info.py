@@ -14,10 +14,12 @@ def main(config: Config, *, verbose: bool, url: str) -> None:
     height, width = manifest.latent_size
     sample = f"{manifest.sample_bytes:,} bytes each" if manifest.layout == "strided" else "of varying size"
     flips = "plain and mirrored" if manifest.flips == 2 else "plain only"
+    stored = "latents" if manifest.content == "latents" else "mean and log variance of the autoencoder's posterior"
     more = len(manifest.classes) > 5
     rows = {
         "samples": f"{manifest.count:,} {sample}, in {len(manifest.shards):,} shards of {size / 1e9:.2f} GB together",
-        "latents": f"{manifest.channels} x {height} x {width}, {flips}, of {manifest.image_size}-pixel images",
+        "latents": f"{manifest.latent_channels} x {height} x {width}, {flips}, of {manifest.image_size}-pixel images",
+        "stored": stored,
         "classes": f"{len(manifest.classes):,}: {', '.join(manifest.classes[:5])}{', ...' if more else ''}",
         "chunks": f"{len(manifest.chunks):,} of up to {manifest.chunk_samples:,} samples",
         "codec": ", ".join(f"{name} {value}" for name, value in manifest.codec.items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from torch import Tensor
 from dico_ray.config import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def draw_posterior(moments: Tensor, noise: Tensor) -> Tensor:
+    """Mean and log variance (B, 2C, H, W), standard normal noise (B, C, H, W) -> latents (B, C, H, W), all scaled."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + (log_variance / 2).exp() * noise
 
 
 def _load(kind: Any, path: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -64,18 +71,16 @@ class Autoencoder:
         return {"vae": self.path, "hash": digest.hexdigest(), "scale": self.scale, "factor": self.factor}
 
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray, noise: Tensor | None) -> np.ndarray:
-        """uint8 pixels [0, 255] (B, H, W, 3) -> scaled latents (B, C, H/f, W/f) float32.
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """uint8 pixels [0, 255] (B, H, W, 3) -> moments of their scaled latents (B, 2C, H/f, W/f) float32.
 
-        noise: standard normal of the latents' shape draws from the posterior; None takes its mean.
+        The first C channels are the posterior's mean, the others the logarithm of its variance (arXiv 1312.6114).
         """
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
         images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
         posterior = self._vae.encode(images).latent_dist
-        latents = posterior.mean.float()
-        if noise is not None:
-            latents = latents + posterior.std.float() * noise.to(self._device)
-        return (latents * self.scale).cpu().numpy()
+        log_variance = posterior.logvar.float() + 2 * math.log(self.scale)
+        return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ _LABEL_BYTES = 16  # decimal digits, padded with zeros
 _NPY_HEADER = 128
 LABEL_KINDS = ("cls", "label", "json", "txt")
 """Extensions under which other WebDatasets keep a label; of several, the first."""
+_TRIES = 3  # of a chunk whose hash is wrong
 _RANGE_REQUESTS = 8  # at a time: hides an object store's latency
 
 
@@ -100,7 +101,7 @@ def _fill(storage: Storage, manifest: Manifest, chunk: int, buffer: memoryview, 
             return
         cache.drop(digest)
     at, found = where(storage, manifest, chunk), ""
-    for _ in range(2):  # once more: bytes can be damaged on their way too
+    for _ in range(_TRIES):  # bytes can be damaged on their way too
         try:
             count = storage.read_into(shard.name, start, buffer)
         except FileNotFoundError:

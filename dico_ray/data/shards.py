@@ -29,6 +29,8 @@ FORMAT = "dico-ray-latents/1"
 MANIFEST = "manifest.json"
 MEMBERS = ("latent.npy", "cls")
 LAYOUTS = ("strided", "general")
+CONTENTS = {"latents": 1, "moments": 2}
+"""What the arrays are, and how many of their channels belong to one of a latent's."""
 _BLOCK = 512  # of a tar archive
 _MTIME = 1  # an integer: otherwise each member gets a PAX header and the stride is lost
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -43,8 +45,8 @@ class ShardError(UserError, ValueError):
 class LatentBatch:
     """One rank's rows of one step, as the training loop takes them.
 
-    latents: (B, C, H, W) float16, unit variance. labels: (B,) int64 in [0, classes). keys: (B,) int64, each
-    sample's place in the data set. rows: (B,) int64, each sample's place in the global batch.
+    latents: (B, C, H, W) float16, unit variance, or their moments (B, 2C, H, W). labels: (B,) int64 in [0, classes).
+    keys: (B,) int64, each sample's place in the data set. rows: (B,) int64, each sample's place in the global batch.
     """
 
     step: int
@@ -78,7 +80,7 @@ class Manifest:
 
     layout: 'strided' (ours: every sample takes sample_bytes) or 'general' (members found by name, sample_bytes 0).
     members: extensions of a sample's latents and label. flips: 2 if the mirrored image's latents follow the plain
-    ones, 1 if there are none.
+    ones, 1 if there are none. content: 'latents', or 'moments': means and log variances, C channels of each.
     """
 
     shards: tuple[Shard, ...]
@@ -94,11 +96,17 @@ class Manifest:
     layout: str = "strided"
     members: tuple[str, str] = MEMBERS
     flips: int = 2
+    content: str = "latents"
     format: str = field(default=FORMAT)
 
     @property
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent, of which 'moments' hold two each."""
+        return self.channels // CONTENTS[self.content]
 
     @cached_property
     def chunks(self) -> list[tuple[Shard, int]]:
@@ -153,10 +161,12 @@ class Manifest:
         return manifest
 
     def _check(self, storage: Storage) -> None:
-        if self.layout not in LAYOUTS or self.flips not in (1, 2) or len(self.members) != 2:
+        known = self.layout in LAYOUTS and self.content in CONTENTS
+        if not known or self.flips not in (1, 2) or len(self.members) != 2:
             raise ShardError(
-                f"{storage.url}/{MANIFEST}: layout {self.layout!r}, flips {self.flips!r}, members {self.members!r} are "
-                f"not what this version reads (a layout of {LAYOUTS}, 1 or 2 flips, two members)"
+                f"{storage.url}/{MANIFEST}: layout {self.layout!r}, content {self.content!r}, flips {self.flips!r}, "
+                f"members {self.members!r} are not what this version reads (a layout of {LAYOUTS}, a content of "
+                f"{tuple(CONTENTS)}, 1 or 2 flips, two members)"
             )
         strided = self.layout == "strided"
         numbers = {

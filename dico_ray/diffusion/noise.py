@@ -43,6 +43,7 @@ class Stream(IntEnum):
     SAMPLE_STEP = 4
     SAMPLE_LABEL = 5
     POSTERIOR = 6
+    TRAIN_POSTERIOR = 7
 
 
 def normal(seed: int, stream: Stream, step: int, rows: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dico_ray.config import Config, UserError
+from dico_ray.data.latents import draw_posterior
 from dico_ray.data.shards import LatentBatch
 from dico_ray.diffusion.noise import Stream, bernoulli, integers, normal
 from dico_ray.diffusion.process import Diffusion
@@ -67,6 +68,9 @@ def train_step(config: Config, engine: Engine, diffusion: Diffusion, batch: Late
     rows = torch.tensor(batch.rows, device=device)
     labels = torch.tensor(batch.labels, device=device)
     latents = torch.tensor(batch.latents, device=device).float()
+    if latents.shape[1] == 2 * config.model.in_channels:  # of the autoencoder's posterior: drawn anew each time
+        shape = (config.model.in_channels, *latents.shape[2:])
+        latents = draw_posterior(latents, normal(seed, Stream.TRAIN_POSTERIOR, batch.step, rows, shape))
     t = integers(seed, Stream.TIMESTEP, batch.step, rows, diffusion.num_steps)
     dropped = bernoulli(seed, Stream.LABEL_DROP, batch.step, rows, config.train.label_drop)
     y = torch.where(dropped, null, labels)

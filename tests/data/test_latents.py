@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dico_ray import demo
 from dico_ray.config import ConfigError
-from dico_ray.data.latents import Autoencoder
+from dico_ray.data.latents import Autoencoder, draw_posterior
 from dico_ray.demo.digits import load_digits
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -39,6 +39,14 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def means(vae: Autoencoder, pixels: np.ndarray) -> np.ndarray:
+    return vae.encode(pixels)[:, : vae.channels].numpy()
+
+
+def drawn(vae: Autoencoder, pixels: np.ndarray, noise: torch.Tensor) -> np.ndarray:
+    return draw_posterior(vae.encode(pixels), noise).numpy()
+
+
 def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
     """In dB, of uint8 pixels."""
     return float(10 * np.log10(255**2 / np.square(found.astype(float) - wanted).mean()))
@@ -51,7 +59,7 @@ def test_sizes_come_from_the_autoencoder(vae: Autoencoder) -> None:
 
 
 def test_digits_survive_encoding_and_decoding(vae: Autoencoder, digits: np.ndarray) -> None:
-    latents = vae.encode(digits, None)
+    latents = means(vae, digits)
     assert (latents.shape, latents.dtype) == ((len(digits), 4, 8, 8), np.float32)
     decoded = vae.decode(torch.from_numpy(latents))
     assert (decoded.shape, decoded.dtype) == (digits.shape, torch.uint8)
@@ -63,7 +71,7 @@ def test_digits_survive_encoding_and_decoding(vae: Autoencoder, digits: np.ndarr
 
 
 def test_scaled_latents_have_unit_variance(vae: Autoencoder, digits: np.ndarray) -> None:
-    latents = vae.encode(digits, draw((len(digits), 4, 8, 8)))
+    latents = drawn(vae, digits, draw((len(digits), 4, 8, 8)))
     assert 0.8 < latents.std() < 1.2
     assert abs(latents.mean()) < 0.1
     assert (np.abs(latents.std((0, 2, 3)) - 1) < 0.3).all()
@@ -71,21 +79,21 @@ def test_scaled_latents_have_unit_variance(vae: Autoencoder, digits: np.ndarray)
 
 def test_an_image_s_latents_are_its_own(vae: Autoencoder, digits: np.ndarray) -> None:
     """The same alone as in a batch, and the mirrored image's latents are not the mirrored latents."""
-    together = vae.encode(digits[:4], None)
-    np.testing.assert_allclose(vae.encode(digits[1:2], None)[0], together[1], atol=1e-4)
-    mirrored = vae.encode(digits[:4, :, ::-1], None)
+    together = means(vae, digits[:4])
+    np.testing.assert_allclose(means(vae, digits[1:2])[0], together[1], atol=1e-4)
+    mirrored = means(vae, digits[:4, :, ::-1])
     assert np.abs(mirrored - together[..., ::-1]).max() > 0.05
     assert psnr(vae.decode(torch.from_numpy(mirrored)).numpy(), digits[:4, :, ::-1]) > 22
 
 
 def test_noise_draws_from_the_posterior(vae: Autoencoder, digits: np.ndarray) -> None:
     noise = draw((8, 4, 8, 8))
-    mean = vae.encode(digits[:8], None)
-    np.testing.assert_array_equal(vae.encode(digits[:8], torch.zeros_like(noise)), mean)
-    deviation = vae.encode(digits[:8], torch.ones_like(noise)) - mean
+    mean = means(vae, digits[:8])
+    np.testing.assert_array_equal(drawn(vae, digits[:8], torch.zeros_like(noise)), mean)
+    deviation = drawn(vae, digits[:8], torch.ones_like(noise)) - mean
     assert (deviation > 0).all()
-    np.testing.assert_allclose(vae.encode(digits[:8], noise) - mean, deviation * noise.numpy(), atol=1e-5)
-    np.testing.assert_array_equal(vae.encode(digits[:8], noise), vae.encode(digits[:8], noise))
+    np.testing.assert_allclose(drawn(vae, digits[:8], noise) - mean, deviation * noise.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(drawn(vae, digits[:8], noise), drawn(vae, digits[:8], noise))
 
 
 def test_decoding_truncates_into_the_bytes(vae: Autoencoder) -> None:
@@ -102,7 +110,7 @@ def test_decoding_truncates_into_the_bytes(vae: Autoencoder) -> None:
 
 def test_bf16_is_near(vae: Autoencoder, digits: np.ndarray) -> None:
     half = Autoencoder(str(demo.VAE), "bf16", CPU)
-    found, wanted = half.encode(digits[:4], None), vae.encode(digits[:4], None)
+    found, wanted = means(half, digits[:4]), means(vae, digits[:4])
     assert found.dtype == np.float32
     assert 0 < np.abs(found - wanted).max() < 0.15
 
@@ -157,3 +165,12 @@ def refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^codec\.vae: .*{folder}") as caught:
         Autoencoder(str(folder), "fp32", CPU)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_moments_are_the_posterior_s_mean_and_log_variance(vae: Autoencoder, digits: np.ndarray) -> None:
+    images = torch.from_numpy(digits[:4]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        posterior = vae._vae.encode(images).latent_dist
+    mean, log_variance = vae.encode(digits[:4]).chunk(2, dim=1)
+    np.testing.assert_allclose(mean, posterior.mean * vae.scale, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((log_variance / 2).exp(), posterior.std * vae.scale, rtol=1e-5)
