@@ -39,6 +39,7 @@ def test_the_bench_compares_all_readers_of_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(bench, "_STREAM_SAMPLES", 4096)
     config = build({"model": {"latent_size": 8}, "data": {"window_samples": 512}})
     file = tmp_path / "figures.json"
     bench.main(config, verbose=False, samples=2048, folder=str(tmp_path / "shards"), rivals=True, json=str(file))
