@@ -60,6 +60,26 @@ def save(storage: Storage, step: int, engine: Engine, ema: EMA, about: dict[str,
     engine.gather(None)  # nobody goes on before the marker stands
 
 
+def write_whole(
+    storage: Storage, step: int, tensors: dict[str, dict[str, Tensor]], about: dict[str, Any]
+) -> Checkpoint:
+    """Writes and commits whole tensors, by kind and name, from one process: what is imported or averaged later.
+
+    storage: the folder of all checkpoints. All kinds have the same names and shapes; values are stored in fp32.
+    """
+    here = storage.at(folder_name(step))
+    parts = []
+    for i, (kind, named) in enumerate(tensors.items()):
+        part = f"part-{i:05d}-of-{len(tensors):05d}.safetensors"
+        data = to_safetensors({f"{kind}/{n}@0": t.detach().cpu().float().reshape(-1) for n, t in named.items()})
+        here.write(part, data)
+        parts.append(_describe(part, data))
+    shapes = {name: list(tensor.shape) for name, tensor in next(iter(tensors.values())).items()}
+    commit = {"format": FORMAT, "step": step, "shapes": shapes, "parts": parts, "about": about}
+    here.write(COMMIT, json.dumps(commit).encode())
+    return Checkpoint.open(here)
+
+
 def _describe(part: str, data: bytes) -> dict[str, Any]:
     """A part's entry in the marker: each fragment's kind, name, start, and place and hash of its bytes."""
     length = struct.unpack("<Q", data[:8])[0]
