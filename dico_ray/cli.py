@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(str(error))
     except UserError as error:
         print(f"dico-ray: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print("dico-ray: interrupted; the same command continues from what is finished", file=sys.stderr)
         return 130

@@ -6,12 +6,19 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Sequence
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from dico_ray import storage
 from dico_ray.config import ConfigError, Resources
+
+_LOOK_S = 5.0
+# Workers that died are noticed within half a second, and the others are not waited for when they are stopped.
+_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 
 
 def connect(verbose: bool) -> None:
@@ -27,8 +34,11 @@ def connect(verbose: bool) -> None:
     if not verbose:
         _mute_native_log()
     level = logging.INFO if verbose else logging.ERROR
+    for name, value in _TRAIN.items():
+        os.environ.setdefault(name, value)
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"env_vars": storage.environment()})
+        own = {name: os.environ[name] for name in _TRAIN}
+        ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"env_vars": storage.environment() | own})
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
     context = ray.data.DataContext.get_current()
@@ -60,6 +70,36 @@ def uses_gpu(resources: Resources) -> bool:
     if resources.accelerator == "gpu" and not available:
         raise ConfigError("resources.accelerator: 'gpu', but the Ray cluster has no GPU; add GPU nodes or take cpu")
     return resources.accelerator != "cpu" and available > 0
+
+
+def has_room(size: int, bundle: dict[str, float], also: dict[str, float], wait_s: float = _LOOK_S) -> bool:
+    """Whether so many bundles, and what is wanted beside them, find room within `wait_s` seconds."""
+    group = placement_group([bundle] * size + ([also] if also else []), strategy="PACK")
+    try:
+        return bool(group.wait(wait_s))
+    finally:
+        remove_placement_group(group)
+
+
+def room_for(
+    sizes: Sequence[int], bundle: dict[str, float], also: dict[str, float], timeout_s: float, setting: str
+) -> int:
+    """The first of `sizes`, the largest first, that the cluster has room for now; waits for the smallest.
+
+    Other jobs, nodes that are being drained and resources not yet released all count. Raises ConfigError.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        for size in sizes:
+            if has_room(size, bundle, also):
+                return size
+        if time.monotonic() > until:
+            have = ray.available_resources()
+            raise ConfigError(
+                f"{setting}: no room for {sizes[-1]} workers of {bundle} within {timeout_s:g} s "
+                f"(train.start_timeout_s); free are {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
+                f"add nodes, or lower {setting}"
+            )
 
 
 def require(cpus: float, gpus: float, what: str, setting: str) -> None:

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class UserError(Exception):
     """A failure that its own message explains in full: the command line prints that line and nothing else."""
 
+    exit_code = 1
+
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot work. The message is one line: the value, the rule, the setting to change."""
@@ -56,6 +58,7 @@ Location = Annotated[str, AfterValidator(_absolute)]
 LocationOrHubId = Annotated[str, AfterValidator(_absolute_if_local)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
+PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -186,9 +189,9 @@ class Train(Section):
     global_batch: int = Field(256, ge=1)
     "Samples of one optimizer step, over all workers."
     micro_batch: int | None = Field(None, ge=1)
-    "Samples of one forward pass on one worker; gradients accumulate to the global batch. Unset: no accumulation."
-    num_workers: int = Field(1, ge=1)
-    "Training workers (one GPU each, where there are GPUs)."
+    "Most samples of one forward pass on one worker; gradients accumulate to the global batch. Unset: no accumulation."
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    "Training workers (one GPU each, where there are GPUs), or [min,max]: as many as the cluster has room for."
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     "Learning rate of AdamW, constant after the warm-up."
     warmup_steps: int = Field(0, ge=0)
@@ -209,16 +212,49 @@ class Train(Section):
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
     zero_stage: int = Field(1, ge=0, le=3)
     "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are sharded over the workers."
+    offload: bool = False
+    "Keep the fp32 weights, moments and EMA in the hosts' memory and step there (ZeRO-Offload; stages 1 to 3)."
     checkpoint_every: int = Field(10_000, ge=1)
     "Steps between checkpoints; the last step always has one."
     keep_checkpoints: int = Field(2, ge=1)
-    "Committed checkpoints that stay; older ones are removed."
+    "The newest committed checkpoints that stay; older ones are removed, but for those of the next two settings."
+    keep_every: int | None = Field(None, ge=1)
+    "Checkpoints of steps divisible by this stay for ever."
+    keep_best: int = Field(0, ge=0)
+    "So many checkpoints with the smallest train.best_metric stay."
+    best_metric: str = "loss"
+    "Logged metric by which checkpoints are compared."
+    max_failed_saves: int = Field(3, ge=0)
+    "Checkpoints in a row that may fail to be written before the run stops (each is tried for storage.retry_s)."
+    max_skipped_steps: int = Field(5, ge=1)
+    "Steps in a row with gradients that are not finite (they are skipped) before the run goes back to its checkpoint."
+    hang_timeout_s: float = Field(1800.0, gt=0)
+    "Seconds without a finished step after which a worker writes its stacks to hangs/ in the run's folder and restarts."
     log_every: int = Field(100, ge=1)
     "Steps between logged metrics (the logged loss is the mean over these steps)."
     max_failures: int = Field(3, ge=0)
     "Worker failures after which Ray Train gives up; each restart continues at the last checkpoint."
+    start_timeout_s: float = Field(600.0, gt=0)
+    "Seconds to wait for room for the workers on the cluster (an autoscaler may be adding nodes)."
     data_timeout_s: float = Field(300.0, gt=0)
     "Seconds without a batch after which training stops and says why, instead of waiting for ever."
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Least and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that the settings allow and among which the global batch divides, largest first."""
+        low, high = self.worker_range
+        return [size for size in range(high, low - 1, -1) if self.global_batch % size == 0]
+
+    def micro_batch_on(self, world_size: int) -> int:
+        """Samples of one forward pass when so many workers train: the most that divide a worker's share."""
+        share = self.global_batch // world_size
+        most = self.micro_batch or self.global_batch // self.world_sizes[0]
+        return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
 
 class Sample(Section):
@@ -311,17 +347,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
         train = self.train
-        if train.global_batch % train.num_workers:
+        low, high = train.worker_range
+        if low > high:
+            raise ValueError(f"train.num_workers: [{low}, {high}] must be [least, most]")
+        if not train.world_sizes:
+            between = f"{low}" if low == high else f"any number from {low} to {high}"
             raise ValueError(
-                f"train.global_batch: {train.global_batch} does not divide among train.num_workers = "
-                f"{train.num_workers}; take a multiple of it, or {_divisor_hint(train.global_batch)} workers"
+                f"train.global_batch: {train.global_batch} does not divide among train.num_workers = {between}; "
+                f"take a multiple, or {_divisor_hint(train.global_batch)} workers"
             )
-        share = train.global_batch // train.num_workers
-        if train.micro_batch and share % train.micro_batch:
+        share = train.global_batch // train.world_sizes[0]
+        if low == high and train.micro_batch and share % train.micro_batch:
             raise ValueError(
                 f"train.micro_batch: {train.micro_batch} does not divide a worker's {share} samples of a step "
                 f"(train.global_batch / train.num_workers); take {_divisor_hint(share)}"
             )
+        if train.offload and train.zero_stage == 0:
+            raise ValueError("train.offload: true needs a sharded optimizer; take train.zero_stage 1, 2 or 3")
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

@@ -84,7 +84,7 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
     windows = order.window_of(train.steps - 1) + 1 - first
     storage = Storage(config.data.latents)
     cache = ChunkCache(config.data.cache, int(config.data.cache_gb * 1e9)) if config.data.cache else None
-    reader = WindowReader(storage, manifest, order, train.num_workers, train.flip, first, cache)
+    reader = WindowReader(storage, manifest, order, train.world_sizes[0], train.flip, first, cache)
     dataset = ray.data.range(windows, override_num_blocks=min(windows, _MOST_TASKS))
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.
@@ -141,7 +141,7 @@ def rank_batches(shard: Any, config: Config, rank: int, start_step: int) -> Iter
     Raises StarvationError if none comes for train.data_timeout_s seconds, AssertionError if Ray Data ever
     hands out other rows than the order says.
     """
-    share = config.train.global_batch // config.train.num_workers
+    share = config.train.global_batch // config.train.world_sizes[0]
     wanted = np.arange(rank * share, (rank + 1) * share)
     stream = shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)
     step = start_step

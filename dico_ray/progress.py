@@ -47,6 +47,13 @@ class Progress:
             left = f", {(self._total - done) / rate:.0f} s left" if rate > 0 and done < self._total else ""
             print(f"{self._what}: {done}/{self._total} {self._unit}, {line}{left}", flush=True)
 
+    def note(self, text: str) -> None:
+        """A line of its own above the bar."""
+        if self._console.is_terminal:
+            self._bar.console.print(f"{self._what}: {text}", markup=False, highlight=False)
+        else:
+            print(f"{self._what}: {text}", flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

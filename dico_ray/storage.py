@@ -107,6 +107,15 @@ class Storage:
         fs = self._open[0]
         return fs.fs if isinstance(fs, ArrowStore) else fs
 
+    def for_arrow(self) -> tuple[Any, str]:
+        """The folder as libraries built on pyarrow.fs take it: (file system or None for a local one, path)."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        fs, root = self._open
+        if self.is_local:
+            return None, root
+        return (fs.fs if isinstance(fs, ArrowStore) else PyFileSystem(FSSpecHandler(fs))), root
+
     def path(self, name: str) -> str:
         return f"{self._open[1]}/{name}"
 
@@ -150,11 +159,12 @@ class Storage:
             return open(self.path(name), "rb")
         return cast(BinaryIO, io.BufferedReader(_RangeFile(self, name), _BUFFER_BYTES))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes a file that other readers see whole or not at all."""
         if not self.is_local:
+            body = bytes(data)  # the libraries take nothing else
             try:
-                self._retry(name, lambda fs: fs.pipe_file(self.path(name), data))
+                self._retry(name, lambda fs: fs.pipe_file(self.path(name), body))
             except FileNotFoundError as error:
                 raise StorageError(f"{self.url}/{name}: cannot be written, is there such a bucket? {error}") from error
             return
@@ -251,7 +261,7 @@ def _read_local(path: str, start: int, buffer: memoryview) -> int:
     return done
 
 
-def _write_local(path: str, data: bytes) -> None:
+def _write_local(path: str, data: bytes | memoryview) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid4().hex[:8]}.tmp"
     try:

@@ -2,69 +2,75 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import ray
 import ray.train
-from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dico_ray import cluster, ingest
+from dico_ray import cluster, ingest, recorder, worker
 from dico_ray.config import Config, ConfigError, UserError
-from dico_ray.data.shards import Manifest
+from dico_ray.data.shards import Manifest, ShardError
 from dico_ray.progress import Progress
-from dico_ray.settings import build
+from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
-from dico_ray.training import checkpoint as checkpoints
+from dico_ray.training import attempts
+from dico_ray.training.attempts import Attempt, FencedError
 from dico_ray.training.checkpoint import Checkpoint
-from dico_ray.training.telemetry import MetricsLog
-from dico_ray.training.track import Tracker, open_tracker
+from dico_ray.training.loop import DivergedError
+from dico_ray.worker import CHECKPOINTS
 
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
+CONFIG, PASSED_OVER = "config.yaml", "passed_over.json"
 _POLL_S = 0.5
+_GROW_EVERY_S = 60.0
 
 
 class TrainingFailedError(UserError):
     """Training ended for a reason that the workers told."""
 
 
+class StoppedError(UserError):
+    """Training was asked to end, and has committed a checkpoint."""
+
+
 def main(config: Config, *, verbose: bool = False) -> None:
     """`dico-ray train`: runs or continues the run (run.storage, run.name) up to train.steps.
 
-    Raises ConfigError before anything starts if data, model and cluster do not fit together, and
-    TrainingFailedError if the workers failed more often than train.max_failures.
+    Raises ConfigError before anything starts if data, model and cluster do not fit together, TrainingFailedError if
+    the workers failed more often than train.max_failures, FencedError if another run of that name took over, and
+    StoppedError after SIGTERM or Ctrl-C, once a checkpoint is committed.
     """
     run = Storage(config.run.folder)
     manifest = Manifest.load(Storage(config.data.latents))
     check_fits(config, manifest)
-    start = resume_step(config, manifest)
-    if start >= config.train.steps:
-        print(f"train: {config.run.folder} has its checkpoint of step {start}: nothing to do")
+    last = check_resumes(config, manifest)
+    if last and last.step >= config.train.steps:
+        print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
     run.write(CONFIG, config.to_yaml().encode())
     cluster.connect(verbose)
-    gpu = cluster.uses_gpu(config.resources)
-    workers = config.train.num_workers
+    gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
     cluster.require(
-        workers * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
-        workers if gpu else 0,
-        f"training with {workers} workers, and a CPU share for reading data,",
+        least * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
+        least if gpu else 0,
+        f"training with {least} workers, and a CPU share for reading data,",
         "train.num_workers or resources.worker_cpus",
     )
     ingest.check_memory(config, manifest)
-    recorder = _start_recorder(config, start)
-    with _display(config, recorder, start):
-        _fit(config, manifest, recorder, gpu)
-    ray.get(recorder.close.remote())
-    last = Checkpoint.last(run.at(CHECKPOINTS))
-    assert last is not None
-    print(f"train: step {last.step}, checkpoint {last.storage.url}")
+    keeper = recorder.start(config)
+    with _stopping(keeper), _display(config, keeper, last.step if last else 0):
+        end = _Launch(config, manifest, keeper, gpu).run()
+    ray.get(keeper.close.remote())
+    print(f"train: step {end.step}, checkpoint {end.storage.url}")
 
 
 def check_fits(config: Config, manifest: Manifest) -> None:
@@ -81,15 +87,15 @@ def check_fits(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"model.num_classes: {model.num_classes}, but {where} have {len(manifest.classes)}")
 
 
-def resume_step(config: Config, manifest: Manifest) -> int:
-    """Steps that the run's last committed checkpoint has behind it; 0 for a new run.
+def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
+    """The run's last committed checkpoint; None for a new run.
 
     Raises ConfigError if settings that define the order of data or the draws changed since: the run would be
     no longer a function of its config.
     """
     last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
     if last is None:
-        return 0
+        return None
     before, now = last.about["identity"], identity(config, manifest)
     for name, value in now.items():
         if before[name] != value:
@@ -97,7 +103,7 @@ def resume_step(config: Config, manifest: Manifest) -> int:
                 f"{name}: {value!r}, but the run {config.run.name} was begun with {before[name]!r}; "
                 "restore it, or take another run.name"
             )
-    return last.step
+    return last
 
 
 def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
@@ -112,64 +118,187 @@ def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _start_recorder(config: Config, start: int) -> Any:
-    """An actor beside the driver that keeps the run's metrics, wherever rank 0 happens to live.
+@dataclass
+class _Launch:
+    """One command's way through failures: each group of workers is an attempt, on what the cluster has room for."""
 
-    Raises ConfigError if a tracking service cannot be had.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    recorder: Any = ray.remote(_Recorder).options(num_cpus=0, scheduling_strategy=here)
-    recorder = recorder.remote(config)
-    try:
-        ray.get(recorder.begin.remote(start))
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
-    return recorder
+    config: Config
+    manifest: Manifest
+    keeper: Any
+    gpu: bool
+
+    def __post_init__(self) -> None:
+        self._run = Storage(self.config.run.folder)
+        self._storage = self._run.at(CHECKPOINTS)
+        self._name = uuid4().hex
+        self._mine: Attempt | None = None
+        resources = self.config.resources
+        self._bundle = {"CPU": resources.worker_cpus, **({"GPU": 1.0} if self.gpu else {})}
+
+    def run(self) -> Checkpoint:
+        """Returns the checkpoint of train.steps."""
+        failures = 0
+        while True:
+            last = self._claim()
+            step = last.step if last else 0
+            if last and step >= self.config.train.steps:
+                return last
+            reason: str = ray.get(self.keeper.stop_wanted.remote())
+            if reason not in ("", recorder.RESTART):
+                raise _stopped(reason, step)
+            try:
+                self._attempt(last)
+            except ray.train.TrainingFailedError as error:
+                failures += 1
+                self._failed(error, failures)
+
+    def _claim(self) -> Checkpoint | None:
+        """Makes this launch's next attempt the run's newest, and says which checkpoint it begins at."""
+        self._mine = attempts.claim(self._storage, self._name, self._mine)
+        last = check_resumes(self.config, self.manifest)
+        self._mine = attempts.settle(self._storage, self._mine, last.step if last else 0)
+        return last
+
+    def _failed(self, error: Exception, failures: int) -> None:
+        """Notes a failure. Raises what ended the run, if that is not worth another attempt."""
+        cause, most = _cause(error), self.config.train.max_failures
+        text = str(cause or error).splitlines()[0]
+        ray.get(self.keeper.event.remote({"event": "failure", "count": failures, "text": text}))
+        if isinstance(cause, FencedError):
+            raise cause
+        if isinstance(cause, DivergedError) and failures <= most:
+            steps = sorted({*_passed_over(self._run), *cause.steps})
+            self._run.write(PASSED_OVER, json.dumps(steps).encode())
+            passed = {"event": "passed over", "steps": cause.steps, "text": f"steps {cause.steps} are left out"}
+            ray.get(self.keeper.event.remote(passed))
+        if failures > most or isinstance(cause, ConfigError | ShardError):
+            raise (TrainingFailedError(str(cause)) if cause else error) from error
+
+    def _attempt(self, last: Checkpoint | None) -> None:
+        """One group of workers, from start to end."""
+        train, step = self.config.train, last.step if last else 0
+        also = {"CPU": ingest.READ_TASK_CPUS}
+        size = cluster.room_for(train.world_sizes, self._bundle, also, train.start_timeout_s, "train.num_workers")
+        config = build(merge(self.config.model_dump(), {"train": {"num_workers": size, **self._micro(size)}}))
+        dataset = ingest.training_dataset(config, self.manifest, step)
+        task = {
+            "config": config.model_dump(), "attempt": self._mine, "checkpoint": last.storage if last else None,
+            "passed_over": _passed_over(self._run), "recorder": self.keeper, "about": about(config, self.manifest),
+        }  # fmt: skip
+        fs, path = Storage(self.config.run.storage).for_arrow()
+        trainer = TorchTrainer(
+            worker.run,
+            train_loop_config=task,
+            scaling_config=ScalingConfig(num_workers=size, use_gpu=self.gpu, resources_per_worker=self._bundle),
+            torch_config=TorchConfig(backend="nccl" if self.gpu else "gloo", timeout_s=int(train.hang_timeout_s) + 60),
+            datasets={"train": dataset},
+            dataset_config=ray.train.DataConfig(
+                execution_options=ingest.execution_options(), enable_shard_locality=False
+            ),
+            run_config=RunConfig(name=self.config.run.name, storage_path=path, storage_filesystem=fs),
+        )
+        self._await(trainer, size)
+
+    def _micro(self, size: int) -> dict[str, Any]:
+        """The micro-batch that the configured most comes to on so many workers."""
+        return {"micro_batch": self.config.train.micro_batch_on(size)}
+
+    def _await(self, trainer: TorchTrainer, size: int) -> None:
+        """Runs it in a thread, so that signals are ours; asks for a restart when there is room for more workers."""
+        outcome: list[BaseException | None] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                outcome.append(None)
+            except BaseException as error:  # noqa: BLE001 - carried to the caller, whole
+                outcome.append(error)
+
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        looked = time.monotonic()
+        larger = [n for n in self.config.train.world_sizes if n > size]
+        while not outcome:
+            thread.join(_POLL_S)
+            if larger and time.monotonic() - looked > _GROW_EVERY_S:
+                looked = time.monotonic()
+                if any(cluster.has_room(n - size, self._bundle, {}) for n in larger):
+                    ray.get(self.keeper.want_stop.remote(recorder.RESTART))
+        if outcome[0]:
+            raise outcome[0]
 
 
-class _Recorder:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._log: MetricsLog | None = None
-        self._trackers: list[Tracker] | None = None
-        self._latest: dict[str, Any] = {}
+def about(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Facts that every checkpoint carries."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "identity": identity(config, manifest),
+        "codec": manifest.codec,
+        "classes": list(manifest.classes),
+    }
 
-    def begin(self, start: int) -> None:
-        """The run, or a worker group of it, begins (again) after `start` steps."""
-        run = Storage(self._config.run.folder)
-        if self._log:
-            self._log.close()
-        self._log = MetricsLog(run, start)
-        if self._trackers is None:
-            about = self._config.model_dump(mode="json")
-            self._trackers = [open_tracker(s, run.url, self._config.run.name, about) for s in self._config.run.track]
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        metrics["object_store_mb"] = ingest.object_store_use()[0] / 1e6
-        self._latest = metrics
-        assert self._log and self._trackers is not None
-        for log in (self._log, *self._trackers):
-            log.log(metrics)
+def _passed_over(run: Storage) -> list[int]:
+    """Steps whose batches the run leaves out since their gradients were not finite."""
+    return json.loads(run.read(PASSED_OVER)) if run.exists(PASSED_OVER) else []
 
-    def latest(self) -> dict[str, Any]:
-        return self._latest
 
-    def close(self) -> None:
-        assert self._log and self._trackers is not None
-        for log in (self._log, *self._trackers):
-            log.close()
+def _cause(error: BaseException) -> UserError | None:
+    """A worker's own explanation, if one of them gave it."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = failure
+        while cause is not None:
+            inner = getattr(cause, "cause", None)
+            if isinstance(inner, UserError):
+                return inner
+            if isinstance(cause, UserError):
+                return cause
+            cause = cause.__cause__ or inner
+    return None
+
+
+def _stopped(reason: str, step: int) -> StoppedError:
+    error = StoppedError(f"stopped by {reason} after step {step}; the same command continues there")
+    error.exit_code = 128 + signal.Signals[reason]
+    return error
 
 
 @contextmanager
-def _display(config: Config, recorder: Any, start: int) -> Iterator[None]:
-    """Shows progress while the body runs. The thread only reads; it ends with the body."""
+def _stopping(keeper: Any) -> Iterator[None]:
+    """While the body runs, SIGTERM and Ctrl-C ask the workers for a last checkpoint; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print(f"train: {signal.Signals(number).name}: saving a checkpoint; once more ends at once", flush=True)
+        keeper.want_stop.remote(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _display(config: Config, keeper: Any, start: int) -> Iterator[None]:
+    """Shows progress and events while the body runs. The thread only reads; it ends with the body."""
     stop = threading.Event()
 
     def show() -> None:
         with Progress("train", config.train.steps, "steps", start) as progress:
             while True:
                 over = stop.wait(_POLL_S)
-                latest: dict[str, Any] = ray.get(recorder.latest.remote())
+                latest, events = ray.get(keeper.latest.remote())
+                for event in events:
+                    if event["event"] not in ("checkpoint", "start") or event.get("step") not in (0, start):
+                        progress.note(f"{event['event']}: {event['text']}")
                 if latest:
                     text = f"{latest['images_per_s']:.0f} images/s, loss {latest['loss']:.4f}"
                     progress.update(latest["step"], text)
@@ -183,102 +312,3 @@ def _display(config: Config, recorder: Any, start: int) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=10)
-
-
-def _fit(config: Config, manifest: Manifest, recorder: Any, gpu: bool) -> None:
-    """One Ray Train run. A worker group that dies is started again, and continues at the last checkpoint."""
-
-    def dataset() -> ray.data.Dataset:  # called anew for every worker group
-        return ingest.training_dataset(config, manifest, resume_step(config, manifest))
-
-    resources = {"CPU": config.resources.worker_cpus, **({"GPU": 1.0} if gpu else {})}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": config.model_dump(), "manifest": manifest, "recorder": recorder},
-        scaling_config=ScalingConfig(num_workers=config.train.num_workers, use_gpu=gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        datasets={"train": dataset},
-        dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options(), enable_shard_locality=False),
-        run_config=RunConfig(
-            name=config.run.name,
-            storage_path=Storage(config.run.storage).url,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _told(error) from error
-
-
-def _told(error: BaseException) -> BaseException:
-    """A worker's own explanation, if one of them gave it; otherwise the error as it is."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = failure
-        while cause is not None:
-            inner = getattr(cause, "cause", None)
-            if isinstance(cause, UserError) or isinstance(inner, UserError):
-                return TrainingFailedError(str(inner if isinstance(inner, UserError) else cause))
-            cause = cause.__cause__ or inner
-    return error
-
-
-def _worker(loop_config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import torch
-    from ray.train.torch import get_device
-
-    from dico_ray.models import create_model
-    from dico_ray.training.ema import EMA
-    from dico_ray.training.engine import Engine
-    from dico_ray.training.loop import train_loop
-
-    config = build(loop_config["config"])
-    manifest: Manifest = loop_config["manifest"]
-    device = get_device()
-    assert isinstance(device, torch.device)
-    if device.type == "cpu":
-        torch.set_num_threads(config.resources.threads or max(1, int(config.resources.worker_cpus)))
-    torch.manual_seed(config.run.seed)  # every rank makes the same initial weights
-    sizes = config.model.architecture
-    model = create_model(
-        config.model.name, hidden_size=sizes.hidden_size, depths=sizes.depths, ffn_ratio=sizes.ffn_ratio,
-        num_classes=config.model.num_classes, in_channels=config.model.in_channels,
-        class_dropout_prob=0.0,  # the loop drops labels, by seed
-    )  # fmt: skip
-    engine = Engine(model, config.train, device)
-    ema = EMA(engine, config.train.ema_decay)
-    last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
-    if last:
-        checkpoints.restore(last, engine, ema)
-    start = last.step if last else 0
-    report = _Report(config, manifest, engine, ema, loop_config["recorder"], start)
-    shard = ray.train.get_dataset_shard("train")
-    rank = ray.train.get_context().get_world_rank()
-    train_loop(config, engine, ema, ingest.rank_batches(shard, config, rank, start), report)
-
-
-class _Report:
-    """The training loop's report: metrics to the recorder, checkpoints to the run's folder."""
-
-    def __init__(self, config: Config, manifest: Manifest, engine: Any, ema: Any, recorder: Any, start: int) -> None:
-        self._config, self._manifest, self._engine, self._ema = config, manifest, engine, ema
-        self._recorder = recorder
-        self._storage = Storage(config.run.folder).at(CHECKPOINTS)
-        if engine.rank == 0:
-            ray.get(recorder.begin.remote(start))
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        if self._engine.rank == 0:
-            self._recorder.log.remote(metrics)
-
-    def save(self, step: int) -> None:
-        about = {
-            "config": self._config.model_dump(mode="json"),
-            "identity": identity(self._config, self._manifest),
-            "codec": self._manifest.codec,
-            "classes": list(self._manifest.classes),
-        }
-        checkpoints.save(self._storage, step, self._engine, self._ema, about)
-        if self._engine.rank == 0:
-            checkpoints.retain(self._storage, self._config.train.keep_checkpoints)

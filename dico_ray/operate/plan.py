@@ -93,17 +93,17 @@ def main(config: Config, *, verbose: bool = False) -> None:
     a = model.architecture
     print(f"model        {model.name}: width {a.hidden_size}, depths {list(a.depths)}, FFN ratio {a.ffn_ratio}")
     print(f"parameters   {count:,}")
+    workers = train.world_sizes[0]
+    micro = train.micro_batch_on(workers)
     print(
-        f"step         {train.global_batch} images: {train.num_workers} workers x "
-        f"{train.micro_batch or train.global_batch // train.num_workers} x "
-        f"{train.global_batch // train.num_workers // (train.micro_batch or train.global_batch // train.num_workers)}"
-        " (workers x micro-batch x accumulation)"
+        f"step         {train.global_batch} images: {workers} workers x {micro} x "
+        f"{train.global_batch // workers // micro} (workers x micro-batch x accumulation)"
     )
     print(f"run          {train.steps:,} steps, {train.steps * train.global_batch:,} images")
-    print(f"\nGB per worker, {train.precision}, {train.num_workers} workers (activations come on top)")
+    print(f"\nGB per worker, {train.precision}, {workers} workers (activations come on top)")
     print("  ZeRO   weights  gradients  optimizer     EMA    total")
     for stage in range(4):
-        m = state_memory(count, stage, train.num_workers, train.precision)
+        m = state_memory(count, stage, workers, train.precision)
         mark = "  <- train.zero_stage" if stage == train.zero_stage else ""
         values = (m.weights, m.gradients, m.optimizer, m.ema, m.total)
         print(

@@ -1,17 +1,20 @@
-"""Checkpoints in two phases: every rank writes its part, then one commit marker makes them count.
+"""Checkpoints in two phases: every rank writes its parts, then one commit marker makes them count.
 
-    checkpoints/step-00001000/part-00000-of-00002.safetensors   fragments of rank 0: KIND/NAME@START, fp32, 1-D
-                              part-00001-of-00002.safetensors
-                              commit.json                        what there is, where, with sizes and hashes
+    checkpoints/attempts/000001-3f6c09aa.json                           who may commit (attempts.py)
+                step-00001000-000001-3f6c09aa/rank-00000-part-000.safetensors   ranges of numbers, KIND/NAME@START
+                                              rank-00000.json           rank 0's parts are all there: sizes, hashes
+                                              commit.json               every rank's are
 
-The marker is written last and whole. A folder without one is torn, and is never read. Fragments are keyed by
+The marker is written last and whole. A folder without one is torn, and is never read. Numbers are keyed by
 parameter name and flat range, so any world size and ZeRO stage can read any checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,41 +26,34 @@ from torch import Tensor
 
 from dico_ray.config import ConfigError, UserError
 from dico_ray.storage import Storage
+from dico_ray.training import attempts
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+from dico_ray.training.snapshot import Named, split_key
 
 FORMAT = "dico-ray-checkpoint/1"
 COMMIT = "commit.json"
+_FOLDER = re.compile(r"step-(\d{8,})(?:-(\d{6}-[0-9a-f]{8}))?")
 
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that is damaged or does not fit: names the file and says what is wrong."""
 
 
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+def folder_name(step: int, attempt: str = "") -> str:
+    """attempt: its name; '' for what no run wrote (imported or averaged weights)."""
+    return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
 
 
-def save(storage: Storage, step: int, engine: Engine, ema: EMA, about: dict[str, Any]) -> None:
-    """Writes and commits the state after `step` steps. Collective: every rank calls it.
-
-    storage: the folder of all checkpoints. about: JSON facts to keep with it (config, data, codec).
-    """
-    here = storage.at(folder_name(step))
-    part = f"part-{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
+def state(engine: Engine, ema: EMA) -> list[Named]:
+    """All that a checkpoint holds of a rank: views of its weights, moments and EMA, in a fixed order."""
+    found: list[Named] = []
     owned = [f for f in engine.fragments() if f.owned]
-    for fragment, average in zip(owned, ema.tensors(), strict=True):
-        kinds = {"weight": fragment.weight, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
-        for kind, tensor in {**kinds, "ema": average}.items():
-            tensors[f"{kind}/{fragment.name}@{fragment.start}"] = tensor.detach().cpu().clone()
-    data = to_safetensors(tensors)
-    here.write(part, data)
-    parts = engine.gather(_describe(part, data))
-    if engine.rank == 0:
-        commit = {"format": FORMAT, "step": step, "shapes": engine.shapes, "parts": parts, "about": about}
-        here.write(COMMIT, json.dumps(commit).encode())
-    engine.gather(None)  # nobody goes on before the marker stands
+    for i, f in enumerate(owned):
+        kinds = {"weight": f.weight, "exp_avg": f.exp_avg, "exp_avg_sq": f.exp_avg_sq}
+        kinds |= {kind: ema.tensors(kind)[i] for kind in ema.kinds()}
+        found += [(f"{kind}/{f.name}@{f.start}", tensor.detach()) for kind, tensor in kinds.items()]
+    return found
 
 
 def write_whole(
@@ -75,22 +71,41 @@ def write_whole(
         here.write(part, data)
         parts.append(_describe(part, data))
     shapes = {name: list(tensor.shape) for name, tensor in next(iter(tensors.values())).items()}
-    commit = {"format": FORMAT, "step": step, "shapes": shapes, "parts": parts, "about": about}
-    here.write(COMMIT, json.dumps(commit).encode())
+    return commit(here, step, shapes, parts, about)
+
+
+def commit(here: Storage, step: int, shapes: Any, parts: Sequence[dict[str, Any]], about: dict[str, Any]) -> Checkpoint:
+    """Writes the marker that makes the parts in the folder `here` count."""
+    marker = {"format": FORMAT, "step": step, "shapes": shapes, "parts": list(parts), "about": about}
+    here.write(COMMIT, json.dumps(marker).encode())
     return Checkpoint.open(here)
 
 
 def _describe(part: str, data: bytes) -> dict[str, Any]:
-    """A part's entry in the marker: each fragment's kind, name, start, and place and hash of its bytes."""
+    """A part's entry in the marker: each range's kind, name, start, and place and hash of its bytes."""
     length = struct.unpack("<Q", data[:8])[0]
     fragments = []
     for key, entry in json.loads(data[8 : 8 + length]).items():
-        kind, rest = key.split("/", 1)
-        name, start = rest.rsplit("@", 1)
         at, end = (8 + length + offset for offset in entry["data_offsets"])
         digest = xxhash.xxh3_128_hexdigest(memoryview(data)[at:end])
-        fragments.append([kind, name, int(start), at, end, digest])
+        fragments.append([*split_key(key), at, end, digest])
     return {"file": part, "bytes": len(data), "fragments": fragments}
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """A folder of a checkpoint: its step, its attempt's name, its own name, and whether it has its marker."""
+
+    step: int
+    attempt: str
+    name: str
+    committed: bool
+
+
+def find(storage: Storage) -> list[Found]:
+    """All folders of checkpoints, torn ones and void ones of replaced attempts too, oldest first."""
+    matches = [match for name in storage.folders() if (match := _FOLDER.fullmatch(name))]
+    return sorted(Found(int(m[1]), m[2] or "", m[0], storage.at(m[0]).exists(COMMIT)) for m in matches)
 
 
 @dataclass(frozen=True)
@@ -127,10 +142,11 @@ class Checkpoint:
 
     @classmethod
     def last(cls, storage: Storage) -> Checkpoint | None:
-        """The newest committed checkpoint in the folder of all of them, or None."""
-        for name in reversed(storage.folders()):
-            if name.startswith("step-") and storage.at(name).exists(COMMIT):
-                return cls.open(storage.at(name))
+        """The newest committed checkpoint in the folder of all of them that is not void, or None."""
+        known = attempts.read(storage)
+        for found in reversed(find(storage)):
+            if found.committed and not attempts.is_void(found.attempt, found.step, known):
+                return cls.open(storage.at(found.name))
         return None
 
     @property
@@ -206,15 +222,43 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
     """Sets a rank's weights, moments and EMA from a checkpoint of any world size and ZeRO stage."""
     checkpoint.check_fits(engine.shapes)
     engine.restore(checkpoint.step, checkpoint.read)
-    ema.restore(lambda name, start, stop: checkpoint.read("ema", name, start, stop))
+    ema.restore(checkpoint.read)
 
 
-def retain(storage: Storage, keep: int) -> None:
-    """Removes all but the newest `keep` committed checkpoints, and torn ones older than the newest."""
-    names = [name for name in storage.folders() if name.startswith("step-")]
-    committed = [name for name in names if storage.at(name).exists(COMMIT)]
-    for name in names:
-        if committed and name < committed[-1] and name not in committed[-keep:]:
-            # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
-            storage.remove(f"{name}/{COMMIT}")
-            storage.remove(name)
+@dataclass(frozen=True)
+class Retention:
+    """Which committed checkpoints stay: the newest `last`, steps divisible by `every`, the `best` by a metric."""
+
+    last: int
+    every: int | None = None
+    best: int = 0
+    metric: str = "loss"
+
+    def keeps(self, committed: Sequence[Found], scores: dict[str, float]) -> set[str]:
+        """Names of those that stay. scores: the metric by name, smaller is better."""
+        kept = {f.name for f in committed[-self.last :]}
+        kept |= {f.name for f in committed if self.every and f.step % self.every == 0}
+        return kept | set(sorted(scores, key=scores.__getitem__)[: self.best])
+
+
+def retain(storage: Storage, rule: Retention) -> list[str]:
+    """Removes what the rule does not keep, and older torn or void ones; says what was torn or void."""
+    known, found = attempts.read(storage), find(storage)
+    good = [f for f in found if f.committed and not attempts.is_void(f.attempt, f.step, known)]
+    if not good:
+        return []
+    scores = {}
+    for f in good if rule.best else ():
+        value = Checkpoint.open(storage.at(f.name)).about.get("metrics", {}).get(rule.metric)
+        scores |= {f.name: value} if value is not None else {}
+    kept = rule.keeps(good, scores)
+    lost = []
+    for f in found:
+        newer = f > good[-1] and f.attempt >= good[-1].attempt  # it may still be under way
+        if f.name in kept or (f not in good and newer):
+            continue
+        lost += [] if f in good else [f"{storage.url}/{f.name}"]
+        # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
+        storage.remove(f"{f.name}/{COMMIT}")
+        storage.remove(f.name)
+    return lost

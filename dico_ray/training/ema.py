@@ -25,16 +25,19 @@ class EMA:
         self._averages = [w.clone() for w in self._weights]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             self._averages, self._weights, 1 - self.decay
         )
 
-    def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """read(name, start, stop) gives fp32 elements of a flattened parameter's average."""
+    def restore(self, read: Callable[[str, str, int, int], Tensor]) -> None:
+        """read(kind, name, start, stop) gives fp32 elements of a flattened parameter's average."""
         for fragment, average in zip(self._fragments, self._averages, strict=True):
-            average.copy_(read(fragment.name, fragment.start, fragment.stop))
+            average.copy_(read("ema", fragment.name, fragment.start, fragment.stop))
 
-    def tensors(self) -> list[Tensor]:
+    def kinds(self) -> list[str]:
+        return ["ema"]
+
+    def tensors(self, kind: str = "ema") -> list[Tensor]:
         """The averages, in the order of the engine's owned fragments; live, they change with every update."""
         return self._averages

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,12 @@ from dico_ray.config import Train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+_BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default of 5e8 takes gigabytes
+_READERS = 8  # of a checkpoint, at a time
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,30 @@ class _Place:
     owned: bool = True
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW that leaves a step out when told to: DeepSpeed looks for itself, but not at stage 0 in fp32."""
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None if self.skip else super().step(closure)
+
+
 class Engine:
     """AdamW on a model whose state is sharded by ZeRO over the torch.distributed default group.
 
     Master weights, moments and accumulated gradients are fp32 (at stage 0 in bf16 DeepSpeed accumulates in
-    bf16); `train.precision` is the network's arithmetic.
+    bf16); `train.precision` is the network's arithmetic. A step whose gradients are not finite is left out.
+
+    Per optimizer step the host waits for the device where DeepSpeed looks whether the gradient norm is finite
+    (once; at stage 3 also for each micro-batch's reduction); ours adds one wait at stage 0 in fp32, and none elsewhere.
     """
 
     def __init__(self, model: nn.Module, config: Train, device: torch.device) -> None:
-        """model: fp32 weights, the same on every rank. Takes the model over: it is moved and may be sharded."""
+        """model: fp32 weights, the same on every rank. Takes the model over: it is moved and may be sharded.
+
+        Every step takes config.global_batch samples, in micro-batches of config.micro_batch_on(world size).
+        """
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -69,33 +92,51 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._stage, self._config = config.zero_stage, config
+        self.before_step: Callable[[], None] = _nothing
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
+        self.micro_batch = config.micro_batch_on(self.world_size)
+        self._skipped_last = False
+        self._skips = 0
+        self._agreement: tuple[Any, Tensor] | None = None
+        self._talk: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
         initial = {name: p.detach().reshape(-1).clone() for name, p in model.named_parameters()}
-        optimizer = torch.optim.AdamW(
+        optimizer = _AdamW(
             model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
         )
+        parameters = sum(p.numel() for p in model.parameters())
         self._deepspeed: Any = deepspeed.initialize(
-            model=model.to(device), optimizer=optimizer, config=self._settings()
+            model=model.to(device), optimizer=optimizer, config=self._settings(parameters)
         )[0]
         self._adam: Any = optimizer
         self._places = list(self._locate())
         # DeepSpeed takes its masters from weights already rounded to bf16: give them the exact ones.
         self.restore(0, lambda kind, name, start, stop: initial[name][start:stop] if kind == "weight" else None)
 
-    @property
-    def micro_batch(self) -> int:
-        """Samples of one forward pass on this rank."""
-        return self._config.micro_batch or self._config.global_batch // self.world_size
+    def _settings(self, parameters: int) -> dict[str, Any]:
+        """DeepSpeed's. What is not plain:
 
-    def _settings(self) -> dict[str, Any]:
-        bf16 = self._config.precision == "bf16"
+        its throughput timer waits for the device twice a micro-batch; gradients accumulated in fp32 would be rounded
+        to bf16 for their reduction; bf16 gradients join the fp32 sum, and are freed, as soon as they are there.
+        """
+        bf16, gpu = self._config.precision == "bf16", self.device.type == "cuda"
+        zero: dict[str, Any] = {
+            "stage": self._stage,
+            "overlap_comm": gpu and self._stage >= 2 and self.world_size > 1,
+            "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS),
+        }
+        if self._config.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
         return {
             "train_batch_size": self._config.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_clipping": self._config.grad_clip,
-            "bf16": {"enabled": bf16},
+            "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and self._stage == 1 and not self._config.offload},
             "data_types": {"grad_accum_dtype": "bf16" if bf16 and self._stage == 0 else "fp32"},
-            "zero_optimization": {"stage": self._stage, "overlap_comm": self.device.type == "cuda"},
+            "communication_data_type": "bf16" if bf16 and self._stage == 0 else "fp32",
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "timers": {"throughput": {"enabled": False}},
             "steps_per_print": 2**62,
         }
 
@@ -109,22 +150,56 @@ class Engine:
         Returns the gradient norm before clipping after that last one, None after the others.
         """
         engine = self._deepspeed
-        engine.backward(loss)
-        if not engine.is_gradient_accumulation_boundary():
-            engine.step()
-            return None
-        norm = self._plain_norm() if self._adam is engine.optimizer else None
+        with self.phase("backward"):
+            engine.backward(loss)
+        with self.phase("optimizer"):
+            if not engine.is_gradient_accumulation_boundary():
+                engine.step()
+                return None
+            self.before_step()
+            return self._step()
+
+    def _step(self) -> Tensor:
+        engine, norm = self._deepspeed, None
+        before = engine.skipped_steps
+        if self._adam is engine.optimizer:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])
+            self._adam.skip = not bool(torch.isfinite(norm))
         engine.step()
+        self._skipped_last = self._adam.skip or engine.skipped_steps > before
+        self._skips += self._skipped_last
+        if self._skipped_last and self._config.offload and hasattr(engine.optimizer, "averaged_gradients"):
+            # DeepSpeed 0.19 leaves the bad sum in place when it accumulates for an offloaded optimizer.
+            for group in engine.optimizer.averaged_gradients:
+                engine.optimizer.averaged_gradients[group] = None
         found = engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(found, dtype=torch.float32, device=self.device)
 
-    def _plain_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self._deepspeed.module.parameters()])
+    @property
+    def skipped_last(self) -> bool:
+        """Whether the last optimizer step was left out, on every rank alike, because gradients were not finite."""
+        return self._skipped_last
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed left out because gradients were not finite."""
-        return self._deepspeed.skipped_steps
+        """Optimizer steps left out so far."""
+        return self._skips
+
+    def agree(self, wanted: bool) -> bool:
+        """Whether any rank wanted it at the call before: the same answer on every rank, without waiting for a device.
+
+        Every rank calls it at the same steps.
+        """
+        if self._talk is None:
+            return wanted
+        answer = False
+        if self._agreement:
+            work, flag = self._agreement
+            work.wait()
+            answer = bool(flag)
+        flag = torch.tensor(int(wanted))
+        self._agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, self._talk, async_op=True), flag
+        return answer
 
     def set_lr(self, lr: float) -> None:
         for group in self._adam.param_groups:
@@ -138,8 +213,10 @@ class Engine:
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on every rank."""
+        if self._talk is None:
+            return [item]
         items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, self._talk)
         return items
 
     def fragments(self) -> list[Fragment]:
@@ -163,11 +240,15 @@ class Engine:
             where = flat.device if self.device.type == "cuda" else "cpu"
             state = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             self._adam.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
-        for place in self._places:
-            for kind in KINDS:
-                value = read(kind, place.name, place.start, place.start + place.length)
-                if value is not None:
-                    self._view(place, kind).copy_(value)
+
+        def fill(part: tuple[_Place, str]) -> None:
+            place, kind = part
+            value = read(kind, place.name, place.start, place.start + place.length)
+            if value is not None:
+                self._view(place, kind).copy_(value)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(fill, [(place, kind) for place in self._places for kind in KINDS]))
         self._publish()
 
     def _publish(self) -> None:

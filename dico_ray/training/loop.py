@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +15,18 @@ from dico_ray.diffusion.noise import Stream, bernoulli, integers, normal
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+from dico_ray.training.meter import Meter
 
 
 class DivergedError(UserError):
-    """The loss is no longer finite: says when, and what to change."""
+    """Steps in a row without finite gradients: names the steps and the samples at fault, and says what to change."""
+
+    def __init__(self, text: str, steps: tuple[int, ...] = ()) -> None:
+        super().__init__(text, steps)
+        self.text, self.steps = text, steps
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Report(Protocol):
@@ -28,7 +34,13 @@ class Report(Protocol):
 
     def log(self, metrics: dict[str, Any]) -> None: ...
 
-    def save(self, step: int) -> None: ...
+    def save(self, step: int, metrics: dict[str, Any]) -> None:
+        """Begins a checkpoint. metrics: the last logged ones."""
+        ...
+
+    def stepped(self, step: int) -> bool:
+        """A step is finished; whether this rank wants training to stop here, with a checkpoint."""
+        ...
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -37,98 +49,88 @@ def learning_rate(config: Config, step: int) -> float:
     return config.train.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def train_loop(config: Config, engine: Engine, ema: EMA, batches: Iterator[LatentBatch], report: Report) -> None:
-    """Trains on the batches that come, up to train.steps; each batch says which step it is.
+def train_loop(
+    config: Config, engine: Engine, ema: EMA, batches: Iterator[LatentBatch], report: Report,
+    passed_over: Container[int] = (),
+) -> int:  # fmt: skip
+    """Trains on the batches that come, up to train.steps; each batch says which step it is. Returns the steps done.
 
     The steps' losses, and so the curve, depend on config and data alone: timesteps, noise and label drops are
-    drawn by (seed, step, row).
+    drawn by (seed, step, row). passed_over: steps whose batches are not trained on. Ends early, after a checkpoint,
+    when a rank's report asks for it. Raises DivergedError after train.max_skipped_steps bad steps in a row.
     """
-    diffusion = Diffusion()
-    meter = _Meter(config, engine)
+    diffusion, meter = Diffusion(), Meter(config, engine)
+    metrics: dict[str, Any] = {}
+    bad: list[LatentBatch] = []
+    done = 0
     for batch in batches:
         meter.batch_arrived()
-        engine.set_lr(learning_rate(config, batch.step))
-        losses, norm = train_step(config, engine, diffusion, batch)
-        ema.update()
         done = batch.step + 1
-        meter.add(losses, norm)
+        if batch.step not in passed_over:
+            engine.set_lr(learning_rate(config, batch.step))
+            losses, norm, rows = train_step(config, engine, diffusion, batch)
+            with engine.phase("ema"):
+                ema.update(done)
+            bad = [*bad, batch] if engine.skipped_last else []
+            if len(bad) >= config.train.max_skipped_steps:
+                raise _diverged(config, engine, bad, rows)
+            meter.add(losses, norm, engine.skipped_last)
         if done % config.train.log_every == 0 or done == config.train.steps:
-            report.log(meter.flush(done, learning_rate(config, batch.step)))
-        if done % config.train.checkpoint_every == 0 or done == config.train.steps:
-            report.save(done)
+            metrics = meter.flush(done, learning_rate(config, batch.step)) or metrics
+            report.log(metrics)
+        stop = engine.agree(report.stepped(done))
+        last = done == config.train.steps or stop
+        # Among bad steps the state may be their cause: none is kept to go back to.
+        if last or (done % config.train.checkpoint_every == 0 and not bad):
+            report.save(done, metrics)
             meter.checkpoint_done()
-        if done == config.train.steps:
-            return
+        if last:
+            break
+    return done
 
 
-def train_step(config: Config, engine: Engine, diffusion: Diffusion, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-    """One optimizer step: this rank's mean loss, mse and vb (3,), and the global gradient norm ()."""
+def _diverged(config: Config, engine: Engine, bad: list[LatentBatch], rows: Tensor) -> DivergedError:
+    """rows: bool (B,), which of this rank's samples of the last batch had no finite loss."""
+    mine = bad[-1].keys[rows.cpu().numpy()].tolist()
+    keys = sorted(key for found in engine.gather(mine) for key in found)
+    steps = tuple(batch.step for batch in bad)
+    samples = f"samples {', '.join(map(str, keys[:8]))} of the data set" if keys else "no single sample is at fault"
+    return DivergedError(
+        f"the gradients of steps {steps[0]} to {steps[-1]} were not finite (train.max_skipped_steps = "
+        f"{config.train.max_skipped_steps}; in the last of them: {samples}); if going back does not help, lower "
+        "train.lr, set train.grad_clip, or take train.precision fp32",
+        steps,
+    )
+
+
+def train_step(
+    config: Config, engine: Engine, diffusion: Diffusion, batch: LatentBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step: this rank's mean loss, mse and vb (3,), the global gradient norm (), bad rows bool (B,)."""
     seed, null = config.run.seed, config.model.num_classes
     device = engine.device
-    rows = torch.tensor(batch.rows, device=device)
-    labels = torch.tensor(batch.labels, device=device)
-    latents = torch.tensor(batch.latents, device=device).float()
-    if latents.shape[1] == 2 * config.model.in_channels:  # of the autoencoder's posterior: drawn anew each time
-        shape = (config.model.in_channels, *latents.shape[2:])
-        latents = draw_posterior(latents, normal(seed, Stream.TRAIN_POSTERIOR, batch.step, rows, shape))
-    t = integers(seed, Stream.TIMESTEP, batch.step, rows, diffusion.num_steps)
-    dropped = bernoulli(seed, Stream.LABEL_DROP, batch.step, rows, config.train.label_drop)
-    y = torch.where(dropped, null, labels)
+    with engine.phase("draw"):
+        rows = torch.tensor(batch.rows, device=device)
+        labels = torch.tensor(batch.labels, device=device)
+        latents = torch.tensor(batch.latents, device=device).float()
+        if latents.shape[1] == 2 * config.model.in_channels:  # of the autoencoder's posterior: drawn anew each time
+            shape = (config.model.in_channels, *latents.shape[2:])
+            latents = draw_posterior(latents, normal(seed, Stream.TRAIN_POSTERIOR, batch.step, rows, shape))
+        t = integers(seed, Stream.TIMESTEP, batch.step, rows, diffusion.num_steps)
+        dropped = bernoulli(seed, Stream.LABEL_DROP, batch.step, rows, config.train.label_drop)
+        y = torch.where(dropped, null, labels)
     size = engine.micro_batch
-    sums = torch.zeros(3, device=device)
+    sums, bad = torch.zeros(3, device=device), []
     norm = None
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        noise = normal(seed, Stream.NOISE, batch.step, rows[part], tuple(latents.shape[1:]))
-        terms = diffusion.training_losses(engine, latents[part], t[part], noise, y=y[part])
-        norm = engine.backward(terms["loss"].mean())
+        with engine.phase("draw"):
+            noise = normal(seed, Stream.NOISE, batch.step, rows[part], tuple(latents.shape[1:]))
+        with engine.phase("forward"):
+            terms = diffusion.training_losses(engine, latents[part], t[part], noise, y=y[part])
+            loss = terms["loss"].mean()
+        norm = engine.backward(loss)
         sums += torch.stack([terms[name].detach().mean() for name in ("loss", "mse", "vb")])
+        bad.append(~torch.isfinite(terms["loss"].detach()))
     assert norm is not None, "the last micro-batch must end the step"
-    return sums * (size / len(rows)), norm
-
-
-class _Meter:
-    """Collects a step's numbers on the device, and asks for them only when they are logged."""
-
-    def __init__(self, config: Config, engine: Engine) -> None:
-        self._config, self._engine = config, engine
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._began = self._asked = time.perf_counter()
-        self._waited = self._stalled = 0.0
-
-    def batch_arrived(self) -> None:
-        self._waited += time.perf_counter() - self._asked
-
-    def add(self, losses: Tensor, norm: Tensor) -> None:
-        self._losses.append(losses)
-        self._norms.append(norm)
-        self._asked = time.perf_counter()
-
-    def checkpoint_done(self) -> None:
-        now = time.perf_counter()
-        self._stalled += now - self._asked
-        self._asked = now
-
-    def flush(self, step: int, lr: float) -> dict[str, Any]:
-        """Means over the steps since the last flush. Raises DivergedError if the loss is not finite."""
-        count = len(self._losses)
-        local = torch.cat([torch.stack(self._losses).mean(0), torch.stack(self._norms).mean()[None]])
-        loss, mse, vb, norm = self._engine.mean(local)
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} within the {count} steps before step {step}; lower train.lr, set train.grad_clip, "
-                "or take train.precision fp32; the last checkpoint is from before"
-            )
-        now = time.perf_counter()
-        span = now - self._began
-        metrics = {
-            "step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": lr,
-            "images_per_s": count * self._config.train.global_batch / span,
-            "data_wait": self._waited / span, "checkpoint_stall_s": self._stalled,
-            "skipped_steps": self._engine.skipped_steps, "epoch_images": step * self._config.train.global_batch,
-        }  # fmt: skip
-        self._losses, self._norms = [], []
-        self._began = self._asked = now
-        self._waited = self._stalled = 0.0
-        return metrics
+    return sums * (size / len(rows)), norm, torch.cat(bad)

@@ -1,4 +1,4 @@
-"""A run's numbers: JSON lines and TensorBoard in the run's folder."""
+"""A run's numbers and events: JSON lines and TensorBoard in the run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from dico_ray.storage import Storage
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _TENSORBOARD = "tensorboard"
 
 
@@ -61,12 +61,33 @@ class MetricsLog:
         self._upload_board()
 
 
+class EventLog:
+    """What happened to a run, each with its time: appended to events.jsonl, over all its attempts."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._lines = [json.dumps(event) for event in read_events(storage)]
+
+    def add(self, event: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(event))
+        self._storage.write(EVENTS, "".join(line + "\n" for line in self._lines).encode())
+
+
+def read_events(storage: Storage) -> list[dict[str, Any]]:
+    """A run's events, oldest first."""
+    return _read_lines(storage, EVENTS)
+
+
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:
     """A run's logged metrics by step; none if it has not logged. A line cut short by a crash is left out."""
-    if not storage.exists(METRICS):
+    return _read_lines(storage, METRICS)
+
+
+def _read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
+    if not storage.exists(name):
         return []
     found = []
-    for line in storage.read(METRICS).decode().splitlines():
+    for line in storage.read(name).decode().splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:  # only the last one can be torn: lines are appended whole

@@ -21,9 +21,11 @@ from dico_ray.models import DiCo
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
-from dico_ray.training.checkpoint import Checkpoint
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.training.saving import save
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY, TRAINING = np.load(GOLDEN / "model_tiny.npz"), np.load(GOLDEN / "training.npz")
@@ -70,17 +72,16 @@ def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
     losses, norms = [], []
     for step in range(STEPS):
         if step == STEPS // 2:
-            checkpoints.save(folder, step, engine, ema, {})
+            saved = save(folder, step, engine, ema, {})
             engine.close()
             engine, ema = make(settings)
-            checkpoints.restore(Checkpoint.open(folder.at(checkpoints.folder_name(step))), engine, ema)
+            checkpoints.restore(saved, engine, ema)
         loss, norm = take_step(engine, step)
-        ema.update()
+        ema.update(step + 1)
         losses.append(engine.mean(loss[None])[0])
         norms.append(float(norm))
-    checkpoints.save(folder, STEPS, engine, ema, {})
+    saved = save(folder, STEPS, engine, ema, {})
     engine.close()
-    saved = Checkpoint.open(folder.at(checkpoints.folder_name(STEPS)))
     errors = {"loss": error(losses, TRAINING["losses"]), "grad_norm": error(norms, TRAINING["gradient_norms"])}
     for kind, prefix in (("weight", "w:"), ("ema", "ema:")):
         tensors = saved.tensors(kind)

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as from_safetensors
 
 from dico_ray.config import ConfigError
 from dico_ray.models import create_model
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
-from dico_ray.training.checkpoint import COMMIT, Checkpoint, CheckpointError
+from dico_ray.training.checkpoint import COMMIT, Checkpoint, CheckpointError, Retention
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+from dico_ray.training.snapshot import Snapshot
+from tests.training.saving import claimed, save
 
 pytestmark = pytest.mark.ray
 
@@ -31,15 +34,21 @@ def trained(one_process: None) -> tuple[Engine, EMA]:
     for _ in range(2):
         output = engine(torch.randn(4, 4, 8, 8), torch.arange(4), torch.arange(4))
         engine.backward((output - torch.randn_like(output)).square().mean())
-        ema.update()
+        ema.update(1)
     return engine, ema
 
 
 @pytest.fixture
 def saved(trained: tuple[Engine, EMA], tmp_path: Path) -> Storage:
     for step in (10, 20):
-        checkpoints.save(Storage(str(tmp_path)), step, *trained, {"made": "by a test"})
+        save(Storage(str(tmp_path)), step, *trained, {"made": "by a test"})
     return Storage(str(tmp_path))
+
+
+def at(storage: Storage, step: int) -> Storage:
+    """The folder of a step's checkpoint."""
+    (name,) = [f.name for f in checkpoints.find(storage) if f.step == step]
+    return storage.at(name)
 
 
 def test_what_was_saved_is_read_back_whole_and_by_ranges(trained: tuple[Engine, EMA], saved: Storage) -> None:
@@ -58,16 +67,16 @@ def test_what_was_saved_is_read_back_whole_and_by_ranges(trained: tuple[Engine, 
 
 
 def test_a_folder_without_a_marker_does_not_count(saved: Storage) -> None:
-    saved.remove(f"step-00000020/{COMMIT}")
+    at(saved, 20).remove(COMMIT)
     last = Checkpoint.last(saved)
     assert last is not None
     assert last.step == 10
     with pytest.raises(ConfigError, match="no committed checkpoint"):
-        Checkpoint.open(saved.at("step-00000020"))
+        Checkpoint.open(at(saved, 20))
 
 
 def test_a_changed_byte_is_found_and_placed(saved: Storage) -> None:
-    here = saved.at("step-00000020")
+    here = at(saved, 20)
     part = here.names(".safetensors")[0]
     data = bytearray(here.read(part))
     data[-3] ^= 1
@@ -78,14 +87,14 @@ def test_a_changed_byte_is_found_and_placed(saved: Storage) -> None:
 
 
 def test_a_lost_part_is_named(saved: Storage) -> None:
-    here = saved.at("step-00000020")
+    here = at(saved, 20)
     here.remove(here.names(".safetensors")[0])
     with pytest.raises(CheckpointError, match="the file is gone"):
         Checkpoint.open(here).tensors("ema")
 
 
 def test_a_marker_that_is_damaged_or_of_another_format_is_refused(saved: Storage) -> None:
-    here = saved.at("step-00000020")
+    here = at(saved, 20)
     here.write(COMMIT, b'{"format": ')
     with pytest.raises(CheckpointError, match="not JSON"):
         Checkpoint.open(here)
@@ -106,11 +115,37 @@ def test_another_model_is_refused_by_name(saved: Storage) -> None:
 
 def test_retention_keeps_the_newest_and_drops_older_torn_ones(saved: Storage, trained: tuple[Engine, EMA]) -> None:
     for step in (30, 40):
-        checkpoints.save(saved, step, *trained, {})
-    saved.remove(f"step-00000030/{COMMIT}")
-    saved.write("step-00000050/part-00000-of-00001.safetensors", b"still being written")
-    checkpoints.retain(saved, keep=2)
-    assert saved.folders() == ["step-00000020", "step-00000040", "step-00000050"]
+        save(saved, step, *trained, {})
+    torn = at(saved, 30)
+    torn.remove(COMMIT)
+    attempt = claimed(saved)
+    saved.write(f"{checkpoints.folder_name(50, attempt.name)}/rank-00000-part-000.safetensors", b"still being written")
+    assert checkpoints.retain(saved, Retention(last=2)) == [torn.url]
+    assert [f.step for f in checkpoints.find(saved)] == [20, 40, 50]
+
+
+def test_retention_keeps_every_nth_and_the_best(tmp_path: Path, trained: tuple[Engine, EMA]) -> None:
+    storage, rule = Storage(str(tmp_path)), Retention(last=1, every=20, best=2, metric="fid")
+    for step, fid in ((10, 3.0), (20, 9.0), (30, 4.0), (40, 8.0), (50, 5.0), (60, 7.0)):
+        save(storage, step, *trained, {"metrics": {"fid": fid}}, rule)
+    assert [f.step for f in checkpoints.find(storage)] == [10, 20, 30, 40, 60]
+
+
+def test_numbers_are_cut_into_parts_of_a_stated_size(tmp_path: Path, trained: tuple[Engine, EMA]) -> None:
+    tensors = checkpoints.state(*trained)
+    snapshot = Snapshot(tensors, torch.device("cpu"), part_bytes=4096)
+    snapshot.take(tensors)
+    assert len(snapshot.parts) > 10
+    found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for part in snapshot.parts:
+        assert part.data.numel() < 4096 + 8192
+        for key, tensor in from_safetensors(part.data.numpy().tobytes()).items():
+            name, start = key.rsplit("@", 1)
+            found.setdefault(name, []).append((int(start), tensor))
+    for key, tensor in tensors:
+        name, start = key.rsplit("@", 1)
+        pieces = sorted(p for p in found[name] if p[0] >= int(start))
+        assert torch.equal(torch.cat([p for _, p in pieces])[: len(tensor)], tensor)
 
 
 def test_nothing_is_pickled(saved: Storage) -> None:

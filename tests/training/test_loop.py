@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_process")]
 
 
 class Recorded:
-    def __init__(self) -> None:
+    def __init__(self, stop_at: int = -1) -> None:
+        self.stop_at = stop_at
         self.metrics: list[dict[str, Any]] = []
         self.saved: list[int] = []
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, metrics: dict[str, Any]) -> None:
         self.saved.append(step)
+
+    def stepped(self, step: int) -> bool:
+        return step == self.stop_at
 
 
 def _config(**settings: Any) -> Config:
@@ -40,21 +45,23 @@ def _config(**settings: Any) -> Config:
     })  # fmt: skip
 
 
-def _batches(steps: int, nan_at: int = -1) -> Iterator[LatentBatch]:
+def _batches(steps: int, nan_at: Container[int] = ()) -> Iterator[LatentBatch]:
     rng = np.random.default_rng(1)
     for step in range(steps):
         latents = rng.standard_normal((8, 4, 8, 8)).astype(np.float16)
-        if step == nan_at:
+        if step in nan_at:
             latents[3, 0, 0, 0] = np.nan
         yield LatentBatch(step, np.arange(8), latents, rng.integers(0, 10, 8), np.arange(8))
 
 
-def _run(config: Config, batches: Iterator[LatentBatch]) -> tuple[Recorded, torch.Tensor]:
+def _run(
+    config: Config, batches: Iterator[LatentBatch], passed_over: Container[int] = (), stop_at: int = -1
+) -> tuple[Recorded, torch.Tensor]:
     torch.manual_seed(0)
     model = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=10, class_dropout_prob=0.0)
     engine = Engine(model, config.train, torch.device("cpu"))
-    ema, report = EMA(engine, config.train.ema_decay), Recorded()
-    train_loop(config, engine, ema, batches, report)
+    ema, report = EMA(engine, config.train.ema_decay), Recorded(stop_at)
+    train_loop(config, engine, ema, batches, report, passed_over)
     average = torch.cat([t.clone() for t in ema.tensors()])
     engine.close()
     return report, average
@@ -97,9 +104,48 @@ def test_clipping_bounds_the_step_and_the_logged_norm_is_from_before() -> None:
     assert free.metrics[0]["grad_norm"] > 1e-3
 
 
-def test_a_loss_that_is_not_finite_is_told() -> None:
-    with pytest.raises(DivergedError, match=r"the loss is nan .* step 3; lower train\.lr"):
-        _run(_config(), _batches(6, nan_at=2))
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_without_finite_gradients_is_left_out_and_counted(stage: int, precision: str, offload: bool) -> None:
+    """The weights after it are those of a run that never saw it, at every stage (its EMA moves on, unlike theirs)."""
+    if offload and not stage:
+        offload = False  # the same case once more
+    config = _config(zero_stage=stage, precision=precision, offload=offload, micro_batch=4, ema_decay=0.0)
+    report, weights = _run(config, _batches(6, nan_at=[2]))
+    assert [m["step"] for m in report.metrics] == [1, 2, 2, 4, 5, 6]  # the third has nothing to tell
+    assert report.metrics[-1]["skipped_steps"] == 1
+    assert all(np.isfinite(m["loss"]) for m in report.metrics)
+    _, without = _run(config, _batches(6), passed_over=[2])
+    assert torch.equal(weights, without)
+
+
+def test_bad_steps_in_a_row_end_the_run_and_name_the_sample() -> None:
+    with pytest.raises(
+        DivergedError, match=r"steps 2 to 4 were not finite .*samples 3 of the data set.*train\.lr"
+    ) as told:
+        _run(_config(steps=20, max_skipped_steps=3), _batches(20, nan_at=range(2, 20)))
+    assert told.value.steps == (2, 3, 4)
+    assert pickle.loads(pickle.dumps(told.value)).steps == (2, 3, 4)  # noqa: S301 - as Ray carries it
+
+
+def test_no_checkpoint_is_made_among_bad_steps() -> None:
+    report, _ = _run(_config(steps=12), _batches(12, nan_at=[3]))
+    assert report.saved == [8, 12]  # and none after step 4
+
+
+def test_it_stops_with_a_checkpoint_when_asked() -> None:
+    report, _ = _run(_config(steps=20, log_every=10), _batches(20), stop_at=3)
+    assert report.saved == [3]
+
+
+def test_the_time_of_a_step_is_split() -> None:
+    report, _ = _run(_config(micro_batch=4), _batches(6))
+    for m in report.metrics[1:]:
+        parts = sum(m[f"{name}_s"] for name in ("draw", "forward", "backward", "optimizer", "ema"))
+        assert 0.7 * m["step_s"] < parts <= 1.01 * m["step_s"] + 1e-3
+        assert m["tflops_per_worker"] > 0
 
 
 def test_the_warm_up_is_linear_and_ends_at_lr() -> None:

@@ -1,0 +1,129 @@
+"""The actor beside the driver that keeps a run's numbers and events, wherever rank 0 happens to live."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dico_ray import ingest
+from dico_ray.config import Config, UserError
+from dico_ray.storage import Storage
+from dico_ray.training.telemetry import EventLog, MetricsLog
+from dico_ray.training.track import Tracker, open_tracker
+
+
+def start(config: Config) -> Any:
+    """Raises ConfigError if a tracking service cannot be had."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    recorder: Any = ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4)
+    recorder = recorder.remote(config)
+    try:
+        ray.get(recorder.latest.remote())
+    except (RayTaskError, RayActorError) as error:
+        cause = getattr(error, "cause", None)
+        raise (cause if isinstance(cause, UserError) else error) from None
+    return recorder
+
+
+class Goodput:
+    """Share of the time since the command began that went into steps that stand, and where the rest went."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._spans: list[tuple[int, float]] = []  # (last step, seconds) of each logged stretch
+        self._redone = self._stalled = self._waited = 0.0
+        self._step = 0
+
+    def begin(self, start: int) -> None:
+        """Workers begin (again) after `start` steps: what was done beyond is lost."""
+        self._redone += sum(seconds for step, seconds in self._spans if step > start)
+        self._spans = [span for span in self._spans if span[0] <= start]
+        self._step = start
+
+    def add(self, metrics: dict[str, Any]) -> dict[str, float]:
+        seconds = metrics["step_s"] * (metrics["step"] - self._step)
+        self._step = metrics["step"]
+        stalled, waited = metrics["checkpoint_stall_s"], metrics["data_wait"] * seconds
+        self._stalled += stalled
+        self._waited += waited
+        self._spans.append((self._step, seconds - stalled - waited))
+        wall, useful = time.monotonic() - self._began, sum(s for _, s in self._spans)
+        known = useful + self._redone + self._stalled + self._waited
+        return {
+            "goodput": useful / wall, "lost_starting_s": max(0.0, wall - known), "lost_redone_s": self._redone,
+            "lost_stalled_s": self._stalled, "lost_waiting_s": self._waited,
+        }  # fmt: skip
+
+
+class Recorder:
+    """Metrics to metrics.jsonl, TensorBoard, Prometheus (through Ray's agent) and trackers; events to events.jsonl."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._run = config, Storage(config.run.folder)
+        self._events = EventLog(self._run)
+        self._log: MetricsLog | None = None
+        about = config.model_dump(mode="json")
+        self._trackers: list[Tracker] = [
+            open_tracker(service, self._run.url, config.run.name, about) for service in config.run.track
+        ]
+        self._latest: dict[str, Any] = {}
+        self._stop = ""
+        self._goodput = Goodput()
+        self._gauges: dict[str, Gauge] = {}
+        self._recent: list[dict[str, Any]] = []
+
+    def begin(self, start: int, attempt: str, workers: int) -> None:
+        """Workers begin (again) after `start` steps."""
+        if self._log:
+            self._log.close()
+        self._log = MetricsLog(self._run, start)
+        self._goodput.begin(start)
+        self._latest = {}
+        self._stop = "" if self._stop == RESTART else self._stop
+        self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers,
+                    "text": f"{workers} workers begin after step {start}"})  # fmt: skip
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """metrics: plain numbers by name; `step` among them."""
+        assert self._log
+        metrics = {**metrics, **self._goodput.add(metrics), "object_store_mb": ingest.object_store_use()[0] / 1e6}
+        self._latest = metrics
+        for log in (self._log, *self._trackers):
+            log.log(metrics)
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(f"dico_ray_{name}", f"{name} of training", ("run",))
+                self._gauges[name].set(float(value), {"run": self._config.run.name})
+
+    def event(self, event: dict[str, Any]) -> None:
+        """event: its kind under 'event', a line for people under 'text', and facts."""
+        event = {"time": time.time(), **event}
+        self._events.add(event)
+        self._recent.append(event)
+
+    def latest(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The last logged metrics, and the events since the last call."""
+        recent, self._recent = self._recent, []
+        return self._latest, recent
+
+    def want_stop(self, reason: str) -> None:
+        """Asks the workers to save a checkpoint and end. RESTART: to be started again at once."""
+        self._stop = self._stop or reason
+
+    def stop_wanted(self) -> str:
+        return self._stop
+
+    def close(self) -> None:
+        for log in (self._log, *self._trackers):
+            if log:
+                log.close()
+
+
+RESTART = "restart"

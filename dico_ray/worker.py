@@ -1,0 +1,127 @@
+"""What each Ray Train worker runs: builds the engine, continues at the attempt's checkpoint, and trains."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.context import get_train_context
+
+from dico_ray import ingest
+from dico_ray.config import Config
+from dico_ray.settings import build
+from dico_ray.storage import Storage
+from dico_ray.training import checkpoint as checkpoints
+from dico_ray.training.attempts import Attempt
+from dico_ray.training.checkpoint import Checkpoint, Retention
+from dico_ray.training.watchdog import Watchdog
+from dico_ray.training.writer import CheckpointWriter
+
+CHECKPOINTS, HANGS = "checkpoints", "hangs"
+_LOOK_EVERY_S = 0.5
+_PATIENCE_S = 300.0  # beyond storage.retry_s, for ranks whose storage is slower
+
+
+def run(task: dict[str, Any]) -> None:
+    """task: config, manifest, attempt, checkpoint (Storage or None), passed_over, recorder, about."""
+    import torch
+    from ray.train.torch import get_device
+
+    from dico_ray.training.ema import EMA
+    from dico_ray.training.engine import Engine
+    from dico_ray.training.loop import train_loop
+
+    config = build(task["config"])
+    device = get_device()
+    assert isinstance(device, torch.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.resources.threads or max(1, int(config.resources.worker_cpus)))
+    engine = Engine(_model(config), config.train, device)
+    ema = EMA(engine, config.train.ema_decay)
+    start = 0
+    if task["checkpoint"]:
+        begun = Checkpoint.open(task["checkpoint"])
+        checkpoints.restore(begun, engine, ema)
+        start = begun.step
+    shard = ray.train.get_dataset_shard("train")
+    batches = ingest.rank_batches(shard, config, engine.rank, start)
+    with WorkerReport(config, task, engine, ema, start) as report:
+        train_loop(config, engine, ema, batches, report, task["passed_over"])
+
+
+def _model(config: Config) -> Any:
+    """With the run's initial weights, on every rank the same."""
+    import torch
+
+    from dico_ray.models import create_model
+
+    torch.manual_seed(config.run.seed)
+    sizes = config.model.architecture
+    return create_model(
+        config.model.name, hidden_size=sizes.hidden_size, depths=sizes.depths, ffn_ratio=sizes.ffn_ratio,
+        num_classes=config.model.num_classes, in_channels=config.model.in_channels,
+        class_dropout_prob=0.0,  # the loop drops labels, by seed
+    )  # fmt: skip
+
+
+class WorkerReport:
+    """The training loop's report: metrics and events to the recorder, checkpoints to storage.
+
+    `with` it: at the end the last checkpoint is waited for; after an error nothing is.
+    """
+
+    def __init__(self, config: Config, task: dict[str, Any], engine: Any, ema: Any, start: int) -> None:
+        self._task, self._engine, self._recorder = task, engine, task["recorder"]
+        self._run, self._step, self._stop = Storage(config.run.folder), start, ""
+        attempt: Attempt = task["attempt"]
+        if engine.rank == 0:
+            ray.get(self._recorder.begin.remote(start, attempt.name, engine.world_size))
+        train = config.train
+        self._writer = CheckpointWriter(
+            self._run.at(CHECKPOINTS), attempt, engine, ema,
+            Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric),
+            train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S,
+        )  # fmt: skip
+        self._watchdog = Watchdog(train.hang_timeout_s, self._hangs)
+        self._over = threading.Event()
+        if engine.rank == 0:
+            threading.Thread(target=self._look, daemon=True, name="stop?").start()
+
+    def __enter__(self) -> WorkerReport:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._over.set()
+        self._watchdog.close()
+        if error is None:
+            self._writer.finish()
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        if self._engine.rank == 0 and metrics:
+            self._recorder.log.remote(metrics)
+
+    def save(self, step: int, metrics: dict[str, Any]) -> None:
+        self._writer.save(step, {**self._task["about"], "metrics": metrics})
+
+    def stepped(self, step: int) -> bool:
+        self._step = step
+        self._watchdog.beat()
+        self._writer.poll()
+        # Ray's controller leaves the notice in each worker; the public call asks every rank, and takes milliseconds.
+        return bool(self._stop) or get_train_context().preemption_context.preemption_info is not None
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._recorder.event.remote(event)
+
+    def _look(self) -> None:
+        """Asks the recorder now and then whether the workers shall stop."""
+        while not self._over.wait(_LOOK_EVERY_S):
+            self._stop = ray.get(self._recorder.stop_wanted.remote())
+
+    def _hangs(self, text: str) -> None:
+        name = f"step-{self._step:08d}-rank-{self._engine.rank:05d}.txt"
+        self._run.at(HANGS).write(name, text.encode())
+        told = {"event": "hang", "step": self._step, "rank": self._engine.rank, "text": f"{HANGS}/{name}: {text[:100]}"}
+        ray.get(self._recorder.event.remote(told), timeout=10)
