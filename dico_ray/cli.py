@@ -64,7 +64,7 @@ VERBS: dict[str, Verb] = {
                    ("run", "codec", "sample", "storage", "resources")),
     "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
                      ("run", "evaluate", "storage", "resources")),
-    "plan": Verb("operate.plan", "parameters, memory by ZeRO stage and shard bytes, before anything starts",
+    "plan": Verb("operate.plan", "parameters, multiply-adds, memory, bytes of shards, before anything starts",
                  ("run", "model", "data", "train")),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),

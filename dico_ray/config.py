@@ -210,6 +210,8 @@ class Train(Section):
     "Decay of the exponential moving average of the weights, kept in fp32."
     precision: Literal["fp32", "bf16"] = "bf16"
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
+    compile: bool = True
+    "Compile the network's blocks where training runs on GPUs, once for each width (not at ZeRO stage 3)."
     zero_stage: int = Field(1, ge=0, le=3)
     "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are sharded over the workers."
     offload: bool = False

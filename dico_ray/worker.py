@@ -29,6 +29,7 @@ def run(task: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from dico_ray.models import compile_blocks
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
@@ -38,7 +39,10 @@ def run(task: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)
     if device.type == "cpu":
         torch.set_num_threads(config.resources.threads or max(1, int(config.resources.worker_cpus)))
-    engine = Engine(_model(config), config.train, device)
+    model = _model(config)
+    if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
+        compile_blocks(model)
+    engine = Engine(model, config.train, device)
     ema = EMA(engine, config.train.ema_decay)
     start = 0
     if task["checkpoint"]:

@@ -181,6 +181,13 @@ def create_model(name: str, **overrides: Any) -> DiCo:
     return DiCo(**(arguments | overrides))
 
 
+def compile_blocks(model: DiCo) -> None:
+    """Compiles every block in place, by torch.compile, at its first use; blocks of one width share the result."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+
+
 def _check_sizes(
     hidden_size: int,
     depths: Sequence[int],

@@ -4,42 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dico_ray.config import Architecture, Config, Model
-
-_FEATURES = 256  # sinusoids of a timestep
-
-
-def parameter_count(model: Model) -> int:
-    """Parameters of a DiCo (learned variance), from its sizes alone."""
-    a = model.architecture
-    d, widths = a.hidden_size, stage_widths(a)
-    outputs = 2 * model.in_channels
-    count = 9 * model.in_channels * d + d  # input convolution
-    for width in (d, 2 * d, 4 * d):
-        count += _FEATURES * width + width + width * width + width  # timestep embedder
-        count += (model.num_classes + 1) * width  # labels, the null one among them
-    count += sum(depth * block_parameters(width, a.ffn_ratio) for depth, width in zip(a.depths, widths, strict=True))
-    count += 9 * d * d // 2 + 9 * 2 * d * d  # down: 3x3 to half the channels
-    count += 9 * 4 * d * 8 * d + 9 * 2 * d * 4 * d  # up: 3x3 to twice the channels
-    count += 4 * d * 2 * d + 2 * d + 2 * d * 2 * d + 2 * d  # after the skips
-    head = 2 * d
-    return count + 9 * head * outputs + outputs + head * 2 * head + 2 * head
-
-
-def stage_widths(a: Architecture) -> tuple[int, int, int, int, int]:
-    """Channels of encoder 1, encoder 2, latent, decoder 2 and decoder 1."""
-    d = a.hidden_size
-    return d, 2 * d, 4 * d, 2 * d, 2 * d
-
-
-def block_parameters(width: int, ffn_ratio: int) -> int:
-    """Two 1x1 and a depthwise convolution, channel attention, feed-forward, adaLN."""
-    pointwise = width * width + width
-    hidden = ffn_ratio * width
-    return (
-        3 * pointwise + 9 * width + width + width * hidden + hidden + hidden * width + width
-        + width * 6 * width + 6 * width
-    )  # fmt: skip
+from dico_ray.arithmetic import forward_macs, parameter_count, training_flops
+from dico_ray.config import Config
 
 
 @dataclass(frozen=True)
@@ -87,7 +53,7 @@ def shard_bytes(config: Config, samples: int) -> int:
 
 
 def main(config: Config, *, verbose: bool = False) -> None:
-    """`dico-ray plan`: prints parameters, memory by ZeRO stage, and bytes of shards and checkpoints."""
+    """`dico-ray plan`: prints parameters, arithmetic, memory by ZeRO stage, and bytes of shards and checkpoints."""
     model, train = config.model, config.train
     count = parameter_count(model)
     a = model.architecture
@@ -95,6 +61,10 @@ def main(config: Config, *, verbose: bool = False) -> None:
     print(f"parameters   {count:,}")
     workers = train.world_sizes[0]
     micro = train.micro_batch_on(workers)
+    print(
+        f"arithmetic   {forward_macs(model) / 1e9:.2f} GMACs an image forward, "
+        f"{training_flops(model) * train.global_batch / 1e12:,.2f} TFLOP a training step (6 x MACs x images)"
+    )
     print(
         f"step         {train.global_batch} images: {workers} workers x {micro} x "
         f"{train.global_batch // workers // micro} (workers x micro-batch x accumulation)"

@@ -11,9 +11,9 @@ from typing import Any
 
 from jinja2 import Environment
 
+from dico_ray.arithmetic import parameter_count
 from dico_ray.config import Config, ConfigError
 from dico_ray.evaluate import result_file
-from dico_ray.operate.plan import parameter_count
 from dico_ray.sample import GRID, RECORD, output_folder
 from dico_ray.settings import build, read_yaml
 from dico_ray.storage import Storage

@@ -1,53 +1,16 @@
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from dico_ray.config import Model
 from dico_ray.data.shards import sample_bytes
-from dico_ray.models import create_model
-from dico_ray.operate.plan import main, parameter_count, shard_bytes, state_memory
+from dico_ray.operate.plan import main, shard_bytes, state_memory
 from dico_ray.recipes import resolve
-
-RELEASED = json.loads((Path(__file__).parents[1] / "golden" / "state_dict.json").read_text())
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_counts_are_those_of_the_released_models(name: str) -> None:
-    assert parameter_count(Model(name=name)) == RELEASED[name]["num_parameters"]  # pyright: ignore[reportCallIssue]
-
-
-@settings(deadline=None, max_examples=15)
-@given(
-    half=st.integers(2, 20),
-    depths=st.tuples(*[st.integers(1, 3)] * 5),
-    ratio=st.integers(1, 5),
-    classes=st.integers(1, 30),
-    channels=st.integers(1, 9),
-)
-def test_counts_are_those_of_the_network(
-    half: int, depths: tuple[int, int, int, int, int], ratio: int, classes: int, channels: int
-) -> None:
-    sizes = {
-        "hidden_size": 2 * half, "depths": depths, "ffn_ratio": ratio, "num_classes": classes, "in_channels": channels,
-    }  # fmt: skip
-    with torch.device("meta"):
-        network = create_model("DiCo-tiny", **sizes)
-    counted = sum(parameter.numel() for parameter in network.parameters())
-    assert parameter_count(Model(name="DiCo-tiny", **sizes)) == counted  # pyright: ignore
-
-
-def test_latent_size_does_not_count() -> None:
-    sizes = [Model(latent_size=size) for size in (8, 64)]  # pyright: ignore[reportCallIssue]
-    assert parameter_count(sizes[0]) == parameter_count(sizes[1])
 
 
 @given(
@@ -95,6 +58,7 @@ def test_main_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "DiCo-H: width 416, depths [14, 12, 10, 12, 14], FFN ratio 4" in said
     assert "parameters   1,037,408,328" in said
+    assert "arithmetic   194.03 GMACs an image forward, 1,192.12 TFLOP a training step (" in said
     assert "1024 images: 64 workers x 4 x 4 (" in said
     assert "1,000,000 steps, 1,024,000,000 images" in said
     table = [line.split() for line in said.splitlines() if re.match(r"  [0-3] ", line)]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dico_ray.arithmetic import parameter_count
 from dico_ray.config import Config, ConfigError
 from dico_ray.evaluate import RESULT
 from dico_ray.operate import report
-from dico_ray.operate.plan import parameter_count
 from dico_ray.recipes import resolve
 from dico_ray.sample import GRID, RECORD, grid_picture
 from dico_ray.storage import Storage
