@@ -11,7 +11,7 @@ The folder is what `dico-ray export --format diffusers` writes. Two ways in:
     images = pipe(class_labels=[1, 2], guidance_scale=1.4, num_inference_steps=50).images
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: diffusers reads the annotations of a pipeline's arguments.
 
 import inspect
 from collections.abc import Sequence
@@ -156,7 +156,7 @@ class DiCoPipeline(DiffusionPipeline):
             learned variance, `DDPMScheduler`, with variance_type="learned_range".
         vae: a diffusers `AutoencoderKL`; None: the hub's `vae_id` is loaded when it is first needed.
         vae_id: hub id of the autoencoder.
-        classes: names of the classes, in the order of their labels.
+        classes: list of the classes' names, in the order of their labels.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -167,7 +167,7 @@ class DiCoPipeline(DiffusionPipeline):
     vae: Any
 
     def __init__(
-        self, unet: Any, scheduler: Any, vae: Any = None, vae_id: str = "", classes: list[str] | None = None
+        self, unet: Any, scheduler: Any, vae: Any = None, vae_id: str = "", classes: Any = None
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)

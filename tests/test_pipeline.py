@@ -169,7 +169,7 @@ assert not {"ray", "deepspeed"} & set(sys.modules)
 
 def test_diffusers_own_loader_finds_it(run: Path, folder: str, tmp_path: Path) -> None:
     """In a fresh process that has imported nothing of ours."""
-    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "latents.pt"
     command = [sys.executable, "-c", _FRESH, folder, str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
