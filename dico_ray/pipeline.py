@@ -166,9 +166,7 @@ class DiCoPipeline(DiffusionPipeline):
     scheduler: Any
     vae: Any
 
-    def __init__(
-        self, unet: Any, scheduler: Any, vae: Any = None, vae_id: str = "", classes: Any = None
-    ) -> None:
+    def __init__(self, unet: Any, scheduler: Any, vae: Any = None, vae_id: str = "", classes: Any = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(vae_id=vae_id, classes=classes or [])
