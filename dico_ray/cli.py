@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
 
 class Verb(NamedTuple):
-    module: str
+    module: str  # its function `main`, or MODULE:FUNCTION
     summary: str
     sections: tuple[str, ...]
     options: tuple[Option, ...] = ()
@@ -53,6 +53,15 @@ _CONVERT = (
     Option("--kind", str, "dit", "dit (a .npy file an image), lightning (safetensors), or plain (from our shards)"),
     Option("--scale", float, 1.0, "factor on the values, where they are stored unscaled"),
 )
+_IMPORT = (
+    Option("file", str, None, "file or URL: a released DiCo checkpoint, or one set of weights (.pt, .safetensors)"),
+    Option("--step", int, 0, "optimizer steps that the weights have behind them"),
+)
+_EXPORT = (
+    Option("--to", str, "", "file (.safetensors; .pt for released) or, for diffusers, folder; path or URL"),
+    Option("--format", str, "safetensors", "safetensors, released (a torch file of tensors by name), or diffusers"),
+    Option("--dtype", str, "fp32", "numbers of the exported weights: fp32 or bf16"),
+)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -64,6 +73,10 @@ VERBS: dict[str, Verb] = {
                    ("run", "codec", "sample", "storage", "resources")),
     "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
                      ("run", "evaluate", "storage", "resources")),
+    "import": Verb("weights:run_import", "released DiCo weights -> a run's checkpoint, to sample from",
+                   ("run", "model", "codec", "storage"), _IMPORT),
+    "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",
+                   ("run", "codec", "sample", "storage"), _EXPORT),
     "plan": Verb("operate.plan", "parameters, multiply-adds, memory, bytes of shards, before anything starts",
                  ("run", "model", "data", "train")),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
@@ -183,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, own = parse(verb, words[length:])
         storage.configure(config.storage)
-        importlib.import_module(f"dico_ray.{VERBS[verb].module}").main(config, **own)
+        module, _, function = VERBS[verb].module.partition(":")
+        getattr(importlib.import_module(f"dico_ray.{module}"), function or "main")(config, **own)
     except ConfigError as error:
         _fail(str(error))
     except UserError as error:

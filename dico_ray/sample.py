@@ -15,19 +15,18 @@ import torch
 from PIL import Image
 
 from dico_ray import __version__, cluster, pool
-from dico_ray.config import Config, ConfigError, Model
+from dico_ray.config import Config
 from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion.noise import Stream, integers, normal
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.diffusion.sampler import Guidance, Sampler
-from dico_ray.models import create_model
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
+from dico_ray.weights import check_codec, find_checkpoint, load_network, model_of
 
 IMAGES, GRID, RECORD = "images", "grid.png", "samples.json"
 _GRID_COLUMNS = 10
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(config: Config, *, verbose: bool = False) -> None:
@@ -41,6 +40,8 @@ def main(config: Config, *, verbose: bool = False) -> None:
     if output.exists(RECORD) and json.loads(output.read(RECORD)) == record:
         print(f"sample: {output.url} has these images: nothing to do")
         return
+    if not checkpoint.about["codec"]["hash"]:
+        print(f"sample: the checkpoint does not tell its autoencoder: {config.codec.vae} decodes, unchecked")
     cluster.connect(verbose)
     gpu = cluster.uses_gpu(config.resources)
     actors = config.resources.actors
@@ -63,23 +64,15 @@ def main(config: Config, *, verbose: bool = False) -> None:
     print(f"sample: {done} images in {output.url}/{IMAGES}, grid {output.url}/{GRID}")
 
 
-def find_checkpoint(config: Config) -> Checkpoint:
-    """The checkpoint that sample.checkpoint names. Raises ConfigError if there is none."""
-    if config.sample.checkpoint != "last":
-        return Checkpoint.open(Storage(config.sample.checkpoint))
-    last = Checkpoint.last(Storage(config.run.folder).at("checkpoints"))
-    if last is None:
-        raise ConfigError(f"run.name: {config.run.folder} has no committed checkpoint; train it, or name another run")
-    return last
-
-
 def output_folder(config: Config) -> Storage:
     return Storage(config.sample.output) if config.sample.output else Storage(config.run.folder).at("samples")
 
 
 def provenance(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     """Every choice that moves an image."""
+    known = checkpoint.about["codec"]["hash"]
     return {
+        **({} if known else {"decoder": config.codec.vae, "decoder_checked": False}),
         "checkpoint": checkpoint.hash, "step": checkpoint.step, "codec": checkpoint.about["codec"],
         "codec_precision": config.codec.precision, "classes": checkpoint.about["classes"],
         **config.sample.model_dump(mode="json", exclude={"checkpoint", "batch_size", "output"}),
@@ -124,9 +117,11 @@ class SampleActor:
         self._device = torch.device("cuda" if gpu else "cpu")
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
-        self._vae = _matching_autoencoder(config, checkpoint, self._device)
-        self._about = Model(**checkpoint.about["config"]["model"])
-        self._model = _load_model(self._about, checkpoint, config).to(self._device)
+        self._vae = Autoencoder(config.codec.vae, config.codec.precision, self._device)
+        if config.codec.precision == "fp32":
+            check_codec(checkpoint, self._vae)
+        self._about = model_of(checkpoint)
+        self._model = load_network(checkpoint, config).to(self._device)
         self._classes: list[str] = checkpoint.about["classes"]
         self._grid = set(grid_indices(config, len(self._classes)))
         self._output = output_folder(config)
@@ -171,25 +166,3 @@ class SampleActor:
         if self._config.sample.labels == "balanced":
             return rows % len(self._classes)
         return integers(self._config.sample.seed, Stream.SAMPLE_LABEL, 0, rows, len(self._classes))
-
-
-def _matching_autoencoder(config: Config, checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
-    vae = Autoencoder(config.codec.vae, config.codec.precision, device)
-    trained, given = checkpoint.about["codec"], vae.describe()
-    # Latents that another tool made do not say which weights made them.
-    if config.codec.precision == "fp32" and trained["hash"] and trained["hash"] != given["hash"]:
-        raise ConfigError(
-            f"codec.vae: {config.codec.vae} is not the autoencoder of the training latents, which came from "
-            f"{trained['vae']} (hashes {given['hash']} and {trained['hash']})"
-        )
-    return vae
-
-
-def _load_model(model: Model, checkpoint: Checkpoint, config: Config) -> torch.nn.Module:
-    sizes = model.architecture
-    network = create_model(
-        model.name, hidden_size=sizes.hidden_size, depths=sizes.depths, ffn_ratio=sizes.ffn_ratio,
-        num_classes=model.num_classes, in_channels=model.in_channels,
-    )  # fmt: skip
-    network.load_state_dict(checkpoint.tensors("ema" if config.sample.weights == "ema" else "weight"))
-    return network.to(_DTYPES[config.sample.precision]).eval().requires_grad_(False)

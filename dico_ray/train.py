@@ -96,6 +96,11 @@ def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
     last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
     if last is None:
         return None
+    if "exp_avg" not in last.kinds:
+        raise ConfigError(
+            f"run.name: {last.storage.url} is imported: it has no optimizer state to continue from; "
+            "take another run.name to train"
+        )
     before, now = last.about["identity"], identity(config, manifest)
     for name, value in now.items():
         if before[name] != value:

@@ -28,6 +28,15 @@ def _load(kind: Any, path: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]
     )
 
 
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are.
+
+    vae: a diffusers `AutoencoderKL`, on whose device and in whose dtype it is computed.
+    """
+    images = vae.decode(latents.to(vae.device, vae.dtype) / float(vae.config["scaling_factor"])).sample
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 class Autoencoder:
     """uint8 pixels (B, H, W, 3) <-> scaled latents (B, C, H/f, W/f) of about unit variance.
 
@@ -62,6 +71,11 @@ class Autoencoder:
         self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.path = path
 
+    @property
+    def network(self) -> Any:
+        """The diffusers `AutoencoderKL`."""
+        return self._vae
+
     def describe(self) -> dict[str, Any]:
         """What a manifest or result says of the codec; the hash is of all weights."""
         digest = xxhash.xxh3_128()
@@ -85,5 +99,4 @@ class Autoencoder:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are."""
-        images = self._vae.decode(latents.to(self._device, self._dtype) / self.scale).sample
-        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return decode(self._vae, latents)

@@ -178,13 +178,16 @@ class Sampler:
             )
         x = x_T.to(computing_dtype(x_T))
         for index in reversed(range(len(self))):
-            if self.method == "ddim":
-                x = self._ddim_step(model, x, index, kwargs)
-            else:
-                mean, log_variance = self.mean_log_variance(model, x, index, **kwargs)
-                # The last step's mean is the result: its variance stands for the bins' width only.
-                x = mean if index == 0 else mean + (0.5 * log_variance).exp() * self._draw(noise, x, index)
+            x = self.step(model, x, index, noise, **kwargs)
         return x
+
+    def step(self, model: Model, x: Tensor, index: int, noise: Noise = None, **kwargs: Any) -> Tensor:
+        """One step, x_i -> x_{i-1}: `(B, C, H, W)` both. Arguments as in `mean_log_variance` and `sample`."""
+        if self.method == "ddim":
+            return self._ddim_step(model, x, index, kwargs)
+        mean, log_variance = self.mean_log_variance(model, x, index, **kwargs)
+        # The last step's mean is the result: its variance stands for the bins' width only.
+        return mean if index == 0 else mean + (0.5 * log_variance).exp() * self._draw(noise, x, index)
 
     def _ddim_step(self, model: Model, x: Tensor, index: int, kwargs: dict[str, Any]) -> Tensor:
         """DDIM equation (12) with sigma = 0."""

@@ -95,7 +95,7 @@ def _facts(made: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> li
         keys = ("checkpoint", "step", "weights", "method", "steps", "guidance_scale", "guidance_channels",
                 "guidance_interval", "labels", "seed", "precision", "codec_precision")  # fmt: skip
         facts += [(f"samples: {key.replace('_', ' ')}", made[key]) for key in keys]
-        facts += [("autoencoder", f"{made['codec']['vae']} (hash {made['codec']['hash']})")]
+        facts += [("autoencoder", f"{made['codec']['vae']} (hash {made['codec']['hash'] or 'not known'})")]
     if evaluation:
         record = evaluation["provenance"]
         facts += [("feature network", f"{evaluation['features']} (hash {record['features']})")]

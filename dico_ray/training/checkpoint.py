@@ -200,8 +200,16 @@ class Checkpoint:
             raise CheckpointError(f"{where}: the bytes differ from what was committed; take an earlier checkpoint")
         return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
+    @property
+    def kinds(self) -> set[str]:
+        """What it holds of each parameter: an imported one lacks the moments, and may lack weight or ema."""
+        return {kind for kind, _ in self._pieces}
+
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """Every parameter whole, in its shape: kind 'weight' or 'ema'."""
+        """Every parameter whole, in its shape: kind 'weight' or 'ema'. Raises ConfigError if it holds no such kind."""
+        if kind not in self.kinds:
+            held = " and ".join(sorted(self.kinds))
+            raise ConfigError(f"{self.storage.url} holds no {kind}, only {held}; set sample.weights, or take another")
         shapes: dict[str, list[int]] = self.commit["shapes"]
         return {
             name: self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape) for name, shape in shapes.items()
