@@ -21,6 +21,7 @@ from dico_ray.progress import Progress
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
+from dico_ray.training import posthoc
 from dico_ray.training.checkpoint import Checkpoint
 from dico_ray.training.telemetry import MetricsLog
 from dico_ray.training.track import Tracker, open_tracker
@@ -84,8 +85,8 @@ def check_fits(config: Config, manifest: Manifest) -> None:
 def resume_step(config: Config, manifest: Manifest) -> int:
     """Steps that the run's last committed checkpoint has behind it; 0 for a new run.
 
-    Raises ConfigError if settings that define the order of data or the draws changed since: the run would be
-    no longer a function of its config.
+    Raises ConfigError if settings that define the order of data or the draws changed since (the run would be no
+    longer a function of its config), or a width of train.ema_profiles was added.
     """
     last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
     if last is None:
@@ -97,6 +98,7 @@ def resume_step(config: Config, manifest: Manifest) -> int:
                 f"{name}: {value!r}, but the run {config.run.name} was begun with {before[name]!r}; "
                 "restore it, or take another run.name"
             )
+    last.check_has(map(posthoc.kind, config.train.ema_profiles))
     return last.step
 
 
@@ -247,7 +249,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         class_dropout_prob=0.0,  # the loop drops labels, by seed
     )  # fmt: skip
     engine = Engine(model, config.train, device)
-    ema = EMA(engine, config.train.ema_decay)
+    ema = EMA(engine, config.train.ema_decay, config.train.ema_profiles)
     last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
     if last:
         checkpoints.restore(last, engine, ema)
@@ -264,8 +266,10 @@ class _Report:
     def __init__(self, config: Config, manifest: Manifest, engine: Any, ema: Any, recorder: Any, start: int) -> None:
         self._config, self._manifest, self._engine, self._ema = config, manifest, engine, ema
         self._recorder = recorder
-        self._storage = Storage(config.run.folder).at(CHECKPOINTS)
+        run = Storage(config.run.folder)
+        self._storage, self._averages = run.at(CHECKPOINTS), run.at(checkpoints.AVERAGES)
         if engine.rank == 0:
+            checkpoints.drop_after(self._averages, start)
             ray.get(recorder.begin.remote(start))
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -273,12 +277,17 @@ class _Report:
             self._recorder.log.remote(metrics)
 
     def save(self, step: int) -> None:
-        about = {
+        checkpoints.save(self._storage, step, self._engine, self._ema, self._about())
+        if self._engine.rank == 0:
+            checkpoints.retain(self._storage, self._config.train.keep_checkpoints)
+
+    def snapshot(self, step: int) -> None:
+        checkpoints.save_averages(self._averages, step, self._engine, self._ema, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "config": self._config.model_dump(mode="json"),
             "identity": identity(self._config, self._manifest),
             "codec": self._manifest.codec,
             "classes": list(self._manifest.classes),
         }
-        checkpoints.save(self._storage, step, self._engine, self._ema, about)
-        if self._engine.rank == 0:
-            checkpoints.retain(self._storage, self._config.train.keep_checkpoints)

@@ -4,6 +4,8 @@
                               part-00001-of-00002.safetensors
                               commit.json                        what there is, where, with sizes and hashes
 
+Snapshots of the power-function averages lie in averages/ in the same format, with those kinds alone.
+
 The marker is written last and whole. A folder without one is torn, and is never read. Fragments are keyed by
 parameter name and flat range, so any world size and ZeRO stage can read any checkpoint.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,10 +27,11 @@ from torch import Tensor
 from dico_ray.config import ConfigError, UserError
 from dico_ray.storage import Storage
 from dico_ray.training.ema import EMA
-from dico_ray.training.engine import Engine
+from dico_ray.training.engine import KINDS, Engine
 
 FORMAT = "dico-ray-checkpoint/1"
 COMMIT = "commit.json"
+AVERAGES = "averages"  # the folder of snapshots in a run's
 
 
 class CheckpointError(UserError, ValueError):
@@ -43,15 +47,33 @@ def save(storage: Storage, step: int, engine: Engine, ema: EMA, about: dict[str,
 
     storage: the folder of all checkpoints. about: JSON facts to keep with it (config, data, codec).
     """
+    owned = [f for f in engine.fragments() if f.owned]
+    state = {f"{kind}/{f.name}@{f.start}": getattr(f, kind) for f in owned for kind in KINDS}
+    _write(storage, step, engine, state | _averages(engine, ema, ema.kinds()), about)
+
+
+def save_averages(storage: Storage, step: int, engine: Engine, ema: EMA, about: dict[str, Any]) -> None:
+    """Writes and commits the averages with a power-function profile alone, for `dico-ray ema`. Collective.
+
+    storage: the folder of all snapshots (averages/ in the run's). about: as for `save`.
+    """
+    _write(storage, step, engine, _averages(engine, ema, ema.profiles()), about)
+
+
+def _averages(engine: Engine, ema: EMA, kinds: Iterable[str]) -> dict[str, Tensor]:
+    owned = [f for f in engine.fragments() if f.owned]
+    return {
+        f"{kind}/{fragment.name}@{fragment.start}": average
+        for kind in kinds
+        for fragment, average in zip(owned, ema.tensors(kind), strict=True)
+    }
+
+
+def _write(storage: Storage, step: int, engine: Engine, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """This rank's tensors, by KIND/NAME@START -> its part; rank 0 commits when all parts stand."""
     here = storage.at(folder_name(step))
     part = f"part-{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    owned = [f for f in engine.fragments() if f.owned]
-    for fragment, average in zip(owned, ema.tensors(), strict=True):
-        kinds = {"weight": fragment.weight, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
-        for kind, tensor in {**kinds, "ema": average}.items():
-            tensors[f"{kind}/{fragment.name}@{fragment.start}"] = tensor.detach().cpu().clone()
-    data = to_safetensors(tensors)
+    data = to_safetensors({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()})
     here.write(part, data)
     parts = engine.gather(_describe(part, data))
     if engine.rank == 0:
@@ -128,10 +150,18 @@ class Checkpoint:
     @classmethod
     def last(cls, storage: Storage) -> Checkpoint | None:
         """The newest committed checkpoint in the folder of all of them, or None."""
-        for name in reversed(storage.folders()):
+        return next(cls._committed(storage, newest_first=True), None)
+
+    @classmethod
+    def all(cls, storage: Storage) -> list[Checkpoint]:
+        """The committed checkpoints in the folder of all of them, by step."""
+        return list(cls._committed(storage))
+
+    @classmethod
+    def _committed(cls, storage: Storage, newest_first: bool = False) -> Iterator[Checkpoint]:
+        for name in sorted(storage.folders(), reverse=newest_first):
             if name.startswith("step-") and storage.at(name).exists(COMMIT):
-                return cls.open(storage.at(name))
-        return None
+                yield cls.open(storage.at(name))
 
     @property
     def step(self) -> int:
@@ -155,10 +185,15 @@ class Checkpoint:
                 pieces.setdefault((kind, name), []).append(piece)
         return pieces
 
+    @property
+    def kinds(self) -> list[str]:
+        """What it holds of the parameters: weight, exp_avg, exp_avg_sq, ema, ema-0.050, ..."""
+        return sorted({kind for kind, _ in self._pieces})
+
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened parameter: (stop - start,) fp32.
 
-        kind: weight, exp_avg, exp_avg_sq or ema. Raises CheckpointError for missing or changed bytes.
+        kind: one of `kinds`. Raises CheckpointError for missing or changed bytes.
         """
         out = torch.empty(stop - start)
         filled = 0
@@ -185,7 +220,7 @@ class Checkpoint:
         return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """Every parameter whole, in its shape: kind 'weight' or 'ema'."""
+        """Every parameter whole, in its shape: kind one of `kinds`."""
         shapes: dict[str, list[int]] = self.commit["shapes"]
         return {
             name: self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape) for name, shape in shapes.items()
@@ -201,12 +236,25 @@ class Checkpoint:
                 "here; set model.* as in its run's config.yaml, or take another run.name"
             )
 
+    def check_has(self, profiles: Iterable[str]) -> None:
+        """Raises ConfigError if it lacks one of the power-function averages (kinds) that a run wants to go on with."""
+        for kind in profiles:
+            if kind not in self.kinds:
+                raise ConfigError(
+                    f"train.ema_profiles: {self.storage.url} has no average {kind}, which must be kept from the "
+                    "first step on; take the width out, or take another run.name"
+                )
+
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
-    """Sets a rank's weights, moments and EMA from a checkpoint of any world size and ZeRO stage."""
+    """Sets a rank's weights, moments and averages from a checkpoint of any world size and ZeRO stage.
+
+    Raises ConfigError if it is of another model or lacks one of the averages.
+    """
     checkpoint.check_fits(engine.shapes)
+    checkpoint.check_has(ema.profiles())
     engine.restore(checkpoint.step, checkpoint.read)
-    ema.restore(lambda name, start, stop: checkpoint.read("ema", name, start, stop))
+    ema.restore(checkpoint.read)
 
 
 def retain(storage: Storage, keep: int) -> None:
@@ -215,6 +263,17 @@ def retain(storage: Storage, keep: int) -> None:
     committed = [name for name in names if storage.at(name).exists(COMMIT)]
     for name in names:
         if committed and name < committed[-1] and name not in committed[-keep:]:
-            # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
-            storage.remove(f"{name}/{COMMIT}")
-            storage.remove(name)
+            _remove(storage, name)
+
+
+def drop_after(storage: Storage, step: int) -> None:
+    """Removes what was written after `step`: a run that is resumed there writes it anew."""
+    for name in storage.folders():
+        if name.startswith("step-") and name > folder_name(step):
+            _remove(storage, name)
+
+
+def _remove(storage: Storage, name: str) -> None:
+    # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
+    storage.remove(f"{name}/{COMMIT}")
+    storage.remove(name)

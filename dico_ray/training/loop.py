@@ -30,11 +30,21 @@ class Report(Protocol):
 
     def save(self, step: int) -> None: ...
 
+    def snapshot(self, step: int) -> None:
+        """Keeps the averages of train.ema_profiles as they are now, for post-hoc reconstruction."""
+        ...
+
 
 def learning_rate(config: Config, step: int) -> float:
     """Of the step that follows `step` finished ones: linear warm-up, then constant."""
     warmup = config.train.warmup_steps
     return config.train.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def snapshot_due(config: Config, done: int) -> bool:
+    """Whether the averages are kept after `done` finished steps."""
+    every = config.train.ema_snapshot_every
+    return every is not None and (done % every == 0 or done == config.train.steps)
 
 
 def train_loop(config: Config, engine: Engine, ema: EMA, batches: Iterator[LatentBatch], report: Report) -> None:
@@ -49,11 +59,15 @@ def train_loop(config: Config, engine: Engine, ema: EMA, batches: Iterator[Laten
         meter.batch_arrived()
         engine.set_lr(learning_rate(config, batch.step))
         losses, norm = train_step(config, engine, diffusion, batch)
-        ema.update()
         done = batch.step + 1
+        ema.update(done)
         meter.add(losses, norm)
         if done % config.train.log_every == 0 or done == config.train.steps:
             report.log(meter.flush(done, learning_rate(config, batch.step)))
+        # Before the checkpoint: a run that is resumed there has its snapshot.
+        if snapshot_due(config, done):
+            report.snapshot(done)
+            meter.checkpoint_done()
         if done % config.train.checkpoint_every == 0 or done == config.train.steps:
             report.save(done)
             meter.checkpoint_done()

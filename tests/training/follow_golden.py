@@ -75,7 +75,7 @@ def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
             engine, ema = make(settings)
             checkpoints.restore(Checkpoint.open(folder.at(checkpoints.folder_name(step))), engine, ema)
         loss, norm = take_step(engine, step)
-        ema.update()
+        ema.update(step + 1)
         losses.append(engine.mean(loss[None])[0])
         norms.append(float(norm))
     checkpoints.save(folder, STEPS, engine, ema, {})
