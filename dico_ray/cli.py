@@ -62,6 +62,10 @@ _EXPORT = (
     Option("--format", str, "safetensors", "safetensors, released (a torch file of tensors by name), or diffusers"),
     Option("--dtype", str, "fp32", "numbers of the exported weights: fp32 or bf16"),
 )
+_EMA = (
+    Option("--sigma", float, None, "relative width of the average, in (0, 0.28), with up to three decimals"),
+    Option("--step", int, 0, "optimizer step of the average; 0: the last snapshot's"),
+)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -69,6 +73,8 @@ VERBS: dict[str, Verb] = {
                    ("codec", "data", "encode", "storage", "resources")),
     "train": Verb("train", "latent shards -> checkpoints with EMA weights (the same command resumes)",
                   ("run", "model", "data", "train", "storage", "resources")),
+    "ema": Verb("average", "snapshots of a run's averages -> the average of any other width, as a checkpoint",
+                ("run", "storage"), _EMA),
     "sample": Verb("sample", "a checkpoint -> images, on a pool of actors",
                    ("run", "codec", "sample", "storage", "resources")),
     "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
@@ -120,7 +126,9 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="show the log lines of Ray and the libraries")
     for option in options:
         text = option.doc if option.default is None else f"{option.doc} [{_show(option.default)}]"
-        keep = {} if option.default is None else {"default": option.default}
+        keep: dict[str, Any] = {} if option.default is None else {"default": option.default}
+        if option.default is None and option.name.startswith("--"):
+            keep["required"] = True
         parser.add_argument(option.name, type=option.kind, help=text, **keep)
     for section in (*sections, *(name for name in SECTION_NAMES if name not in sections)):
         shown = section in sections

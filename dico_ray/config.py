@@ -59,6 +59,13 @@ LocationOrHubId = Annotated[str, AfterValidator(_absolute_if_local)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 PositiveInt = Annotated[int, Field(ge=1)]
+WIDEST_PROFILE = 0.28  # sigma_rel ends at 1 / sqrt(12), where the profile is flat (arXiv 2312.02696)
+ProfileWidth = Annotated[float, Field(gt=0, lt=WIDEST_PROFILE)]
+
+
+def is_profile_name(width: float) -> bool:
+    """Whether three decimals tell a profile's relative width: it is kept under that name."""
+    return width == round(width, 3)
 
 
 class Section(BaseModel):
@@ -208,6 +215,10 @@ class Train(Section):
     "Mirror every second sample (by a seeded coin), from the mirrored image's own latent."
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     "Decay of the exponential moving average of the weights, kept in fp32."
+    ema_profiles: tuple[ProfileWidth, ...] = ()
+    "Relative widths of more averages, with EDM2's power-function profile, as [0.05,0.1]; each takes an EMA's memory."
+    ema_snapshot_every: int | None = Field(None, ge=1)
+    "Steps between snapshots of those averages, kept for `dico-ray ema`; the last step has one. Unset: none."
     precision: Literal["fp32", "bf16"] = "bf16"
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
     compile: bool = True
@@ -257,6 +268,15 @@ class Train(Section):
         share = self.global_batch // world_size
         most = self.micro_batch or self.global_batch // self.world_sizes[0]
         return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+    @model_validator(mode="after")
+    def _profiles(self) -> Train:
+        for width in self.ema_profiles:
+            if not is_profile_name(width) or self.ema_profiles.count(width) > 1:
+                raise ValueError(f"train.ema_profiles: {width}: give a width once, with three decimals at most")
+        if self.ema_snapshot_every and not self.ema_profiles:
+            raise ValueError(f"train.ema_snapshot_every: {self.ema_snapshot_every} needs train.ema_profiles: set both")
+        return self
 
 
 class Sample(Section):

@@ -23,7 +23,7 @@ from dico_ray.data.shards import Manifest, ShardError
 from dico_ray.progress import Progress
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
-from dico_ray.training import attempts
+from dico_ray.training import attempts, posthoc
 from dico_ray.training.attempts import Attempt, FencedError
 from dico_ray.training.checkpoint import Checkpoint
 from dico_ray.training.loop import DivergedError
@@ -90,8 +90,8 @@ def check_fits(config: Config, manifest: Manifest) -> None:
 def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
     """The run's last committed checkpoint; None for a new run.
 
-    Raises ConfigError if settings that define the order of data or the draws changed since: the run would be
-    no longer a function of its config.
+    Raises ConfigError if settings that define the order of data or the draws changed since (the run would be no
+    longer a function of its config), or a width of train.ema_profiles was added.
     """
     last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
     if last is None:
@@ -108,6 +108,7 @@ def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
                 f"{name}: {value!r}, but the run {config.run.name} was begun with {before[name]!r}; "
                 "restore it, or take another run.name"
             )
+    last.check_has(map(posthoc.kind, config.train.ema_profiles))
     return last
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import ray
@@ -43,7 +46,7 @@ def run(task: dict[str, Any]) -> None:
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
     engine = Engine(model, config.train, device)
-    ema = EMA(engine, config.train.ema_decay)
+    ema = EMA(engine, config.train.ema_decay, config.train.ema_profiles)
     start = 0
     if task["checkpoint"]:
         begun = Checkpoint.open(task["checkpoint"])
@@ -82,12 +85,22 @@ class WorkerReport:
         attempt: Attempt = task["attempt"]
         if engine.rank == 0:
             ray.get(self._recorder.begin.remote(start, attempt.name, engine.world_size))
-        train = config.train
+        train, storage = config.train, self._run.at(CHECKPOINTS)
+        common = (train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        rule = Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
         self._writer = CheckpointWriter(
-            self._run.at(CHECKPOINTS), attempt, engine, ema,
-            Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric),
-            train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S,
-        )  # fmt: skip
+            storage, attempt, engine, partial(checkpoints.state, engine, ema), rule, *common, thread
+        )
+        self._averages: CheckpointWriter | None = None
+        if train.ema_snapshot_every:
+            folder = self._run.at(checkpoints.AVERAGES)
+            if engine.rank == 0:
+                checkpoints.drop_after(folder, start)
+            self._averages = CheckpointWriter(
+                folder, attempt, engine, partial(checkpoints.averages, engine, ema), Retention(sys.maxsize), *common,
+                thread, storage,
+            )  # fmt: skip
         self._watchdog = Watchdog(train.hang_timeout_s, self._hangs)
         self._over = threading.Event()
         if engine.rank == 0:
@@ -100,7 +113,12 @@ class WorkerReport:
         self._over.set()
         self._watchdog.close()
         if error is None:
-            self._writer.finish()
+            for writer in self._writers:
+                writer.finish()
+
+    @property
+    def _writers(self) -> list[CheckpointWriter]:
+        return [self._writer, *([self._averages] if self._averages else [])]
 
     def log(self, metrics: dict[str, Any]) -> None:
         if self._engine.rank == 0 and metrics:
@@ -109,10 +127,15 @@ class WorkerReport:
     def save(self, step: int, metrics: dict[str, Any]) -> None:
         self._writer.save(step, {**self._task["about"], "metrics": metrics})
 
+    def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
+        assert self._averages
+        self._averages.save(step, {**self._task["about"], "metrics": metrics})
+
     def stepped(self, step: int) -> bool:
         self._step = step
         self._watchdog.beat()
-        self._writer.poll()
+        for writer in self._writers:
+            writer.poll()
         # Ray's controller leaves the notice in each worker; the public call asks every rank, and takes milliseconds.
         return bool(self._stop) or get_train_context().preemption_context.preemption_info is not None
 

@@ -1,13 +1,15 @@
-"""What tests of several rooms need: a Ray of their own, and small latent shards."""
+"""What tests of several rooms need: a Ray of their own, a process group of one, and small latent shards."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dico_ray.data.shards import MANIFEST, Manifest, sample_bytes, write_shard
 from dico_ray.storage import Storage
@@ -27,6 +29,13 @@ def local_ray() -> Iterator[None]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def one_process() -> None:
+    """A torch.distributed group of one, for tests of the engine that need no second process."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher's variable
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def write_latents(folder: Path, shards: int = 4, samples: int = 50, chunk_samples: int = 16) -> Manifest:

@@ -133,8 +133,9 @@ def test_null_takes_a_setting_back(tmp_path: Path) -> None:
 
 def test_every_verb_takes_the_settings_of_all() -> None:
     for verb in cli.VERBS:
-        alone = ["x" for option in cli.VERBS[verb].options if option.default is None]
-        assert cli.parse(verb, [*alone, "--sample.steps", "7"])[0].sample.steps == 7
+        needed = [option.name for option in cli.VERBS[verb].options if option.default is None]
+        given = [word for name in needed for word in ([name, "0.1"] if name.startswith("--") else ["x"])]
+        assert cli.parse(verb, [*given, "--sample.steps", "7"])[0].sample.steps == 7
 
 
 def test_command_line_over_file_over_recipe(tmp_path: Path) -> None:
@@ -156,11 +157,14 @@ def test_a_verb_that_works_returns_0(capsys: pytest.CaptureFixture[str]) -> None
         lambda folder: ["train", "--data.latents", folder],
         lambda folder: ["report", "--run.storage", folder],
         lambda folder: ["sample", "--run.storage", folder],
+        lambda folder: ["ema", "--sigma", "0.1", "--run.storage", folder],
+        lambda folder: ["ema", "--sigma", "0.3", "--run.storage", folder],
+        lambda folder: ["ema", "--run.storage", folder],
         lambda folder: ["encode", "--encode.images", folder],
         lambda folder: ["encode"],
         lambda folder: ["evaluate", "--evaluate.images", folder],
     ],
-    ids=["train", "report", "sample", "encode", "encode unset", "evaluate"],
+    ids=["train", "report", "sample", "ema", "ema wide", "ema unset", "encode", "encode unset", "evaluate"],
 )
 def test_doors_refuse_what_is_missing_before_anything_starts(
     words: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -64,13 +64,15 @@ def test_unknown_keys(values: dict[str, Any], says: list[str]) -> None:
         ("sample", "guidance_interval", [5, 1000]),
         ("resources", "accelerator", "tpu"),
         ("train", "betas", [0.9, 1.0]),
+        ("train", "ema_profiles", [0.05, 0.28]),
+        ("train", "ema_snapshot_every", 0),
     ],
 )
 def test_wrong_values_name_setting_value_and_remedy(section: str, name: str, value: Any) -> None:
     message = refused({section: {name: value}})
     assert message.startswith(f"{section}.{name}")
     assert f"change {section}.{name}" in message
-    worst = value[1] if name in ("betas", "guidance_interval") else value
+    worst = value[1] if name in ("betas", "guidance_interval", "ema_profiles") else value
     assert repr(worst) in message
 
 
@@ -96,6 +98,9 @@ def test_keys_must_be_text(values: dict[Any, Any]) -> None:
             ["train.micro_batch: 5", "12 samples", "take 1, 2, 3, 4, 6 or 12"],
         ),
         ({"train": {"steps": 5, "warmup_steps": 5}}, ["train.warmup_steps: 5", "less than train.steps = 5"]),
+        ({"train": {"ema_profiles": [0.1, 0.1]}}, ["train.ema_profiles: 0.1", "give a width once"]),
+        ({"train": {"ema_profiles": [0.0505]}}, ["train.ema_profiles: 0.0505", "three decimals"]),
+        ({"train": {"ema_snapshot_every": 5}}, ["train.ema_snapshot_every: 5", "needs train.ema_profiles"]),
         ({"sample": {"guidance_interval": [9, 1]}}, ["sample.guidance_interval: [9, 1]", "[lowest, highest]"]),
         ({"model": {"name": "DiCo-Q"}}, ["model.name: 'DiCo-Q'", "DiCo-S", "DiCo-tiny"]),
         ({"model": {"name": "two\nlines"}}, ["model.name"]),

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dico_ray import train
+from dico_ray import average, train
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.shards import Manifest
 from dico_ray.settings import build
@@ -68,6 +68,29 @@ def test_two_workers_and_accumulation_give_the_same_curve_and_average(
     # AdamW's first steps divide by gradients near zero: rounding shows in single weights, not in the whole.
     difference = np.linalg.norm(_ema(config) - _ema(straight)) / np.linalg.norm(_ema(straight))
     assert difference < 1e-4
+
+
+def test_averages_of_other_widths_come_from_the_snapshots_of_two_workers(
+    straight: Config, latents: Path, tmp_path: Path
+) -> None:
+    """Snapshots on two workers, then on one after a resume; a profile that is added then is refused at once."""
+    profiles = {"ema_profiles": (0.1, 0.2), "ema_snapshot_every": 2}
+    train.main(_config(latents, tmp_path, "kept", num_workers=2, steps=5, **profiles))
+    more = {**profiles, "ema_profiles": (0.1, 0.15, 0.2)}
+    with pytest.raises(ConfigError, match=r"train\.ema_profiles: .* has no average ema-0\.150"):
+        train.main(_config(latents, tmp_path, "kept", **more))
+    resumed = _config(latents, tmp_path, "kept", zero_stage=3, **profiles)
+    train.main(resumed)
+    run = Storage(resumed.run.folder)
+    assert [c.step for c in Checkpoint.all(run.at("averages"))] == [2, 4, 5, 6, 8]
+    assert np.linalg.norm(_ema(resumed) - _ema(straight)) < 1e-4 * np.linalg.norm(_ema(straight))
+    average.main(resumed, sigma=0.1)
+    made = Checkpoint.last(run.at("ema-0.100"))
+    kept = Checkpoint.last(run.at(train.CHECKPOINTS))
+    assert made is not None
+    assert kept is not None
+    for name, tensor in kept.tensors("ema-0.100").items():
+        np.testing.assert_allclose(made.tensors("ema")[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_command_resumes_on_another_world_size_and_stage(

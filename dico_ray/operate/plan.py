@@ -22,12 +22,12 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
-def state_memory(parameters: int, stage: int, world_size: int, precision: str) -> Memory:
+def state_memory(parameters: int, stage: int, world_size: int, precision: str, averages: int = 1) -> Memory:
     """Bytes per GPU by ZeRO stage (arXiv 1910.02054, section 3): which parts are divided by the world size.
 
     The network's weights take 2 bytes in bf16 and 4 in fp32; gradients accumulate in fp32; the optimizer holds
-    fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the EMA is fp32, and
-    dealt out at every stage.
+    fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the averages (EMA and
+    profiles) are fp32, and dealt out at every stage.
     """
     weight = 2 if precision == "bf16" else 4
     master = 0 if stage == 0 and precision == "fp32" else 4
@@ -40,7 +40,7 @@ def state_memory(parameters: int, stage: int, world_size: int, precision: str) -
         weights=share(parameters * weight, stage >= 3),
         gradients=share(parameters * gradient, stage >= 2),
         optimizer=share(parameters * (master + 8), stage >= 1),
-        ema=share(parameters * 4, True),
+        ema=share(parameters * 4 * averages, True),
     )
 
 
@@ -56,6 +56,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     """`dico-ray plan`: prints parameters, arithmetic, memory by ZeRO stage, and bytes of shards and checkpoints."""
     model, train = config.model, config.train
     count = parameter_count(model)
+    averages = 1 + len(train.ema_profiles)
     a = model.architecture
     print(f"model        {model.name}: width {a.hidden_size}, depths {list(a.depths)}, FFN ratio {a.ffn_ratio}")
     print(f"parameters   {count:,}")
@@ -73,7 +74,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     print(f"\nGB per worker, {train.precision}, {workers} workers (activations come on top)")
     print("  ZeRO   weights  gradients  optimizer     EMA    total")
     for stage in range(4):
-        m = state_memory(count, stage, workers, train.precision)
+        m = state_memory(count, stage, workers, train.precision, averages)
         mark = "  <- train.zero_stage" if stage == train.zero_stage else ""
         values = (m.weights, m.gradients, m.optimizer, m.ema, m.total)
         print(
@@ -85,4 +86,12 @@ def main(config: Config, *, verbose: bool = False) -> None:
         f"\nshards       {shard_bytes(config, 1):,} bytes a sample, "
         f"{shard_bytes(config, 1_281_167) / 1e9:.1f} GB for ImageNet's 1,281,167 images"
     )
-    print(f"checkpoint   {count * 16 / 1e9:.2f} GB (weights, two moments, EMA; fp32), {train.keep_checkpoints} kept")
+    kept = "EMA" if averages == 1 else f"{averages} averages"
+    print(
+        f"checkpoint   {count * 4 * (3 + averages) / 1e9:.2f} GB (weights, two moments, {kept}; fp32), "
+        f"{train.keep_checkpoints} kept"
+    )
+    if train.ema_snapshot_every:
+        snapshots = -(-train.steps // train.ema_snapshot_every)
+        size = count * 4 * len(train.ema_profiles) / 1e9
+        print(f"snapshots    {snapshots} of {size:.2f} GB (averages for `dico-ray ema`), all kept")

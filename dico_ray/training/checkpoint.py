@@ -6,7 +6,8 @@
                                               commit.json               every rank's are
 
 The marker is written last and whole. A folder without one is torn, and is never read. Numbers are keyed by
-parameter name and flat range, so any world size and ZeRO stage can read any checkpoint.
+parameter name and flat range, so any world size and ZeRO stage can read any checkpoint. Snapshots of the
+power-function averages lie in averages/ in the same format, with those kinds alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ from dico_ray.training.snapshot import Named, split_key
 
 FORMAT = "dico-ray-checkpoint/1"
 COMMIT = "commit.json"
+AVERAGES = "averages"  # the folder of snapshots in a run's
 _FOLDER = re.compile(r"step-(\d{8,})(?:-(\d{6}-[0-9a-f]{8}))?")
 
 
@@ -54,6 +56,16 @@ def state(engine: Engine, ema: EMA) -> list[Named]:
         kinds |= {kind: ema.tensors(kind)[i] for kind in ema.kinds()}
         found += [(f"{kind}/{f.name}@{f.start}", tensor.detach()) for kind, tensor in kinds.items()]
     return found
+
+
+def averages(engine: Engine, ema: EMA) -> list[Named]:
+    """What a snapshot for `dico-ray ema` holds of a rank: views of its averages with a power-function profile."""
+    owned = [f for f in engine.fragments() if f.owned]
+    return [
+        (f"{kind}/{f.name}@{f.start}", average.detach())
+        for kind in ema.profiles()
+        for f, average in zip(owned, ema.tensors(kind), strict=True)
+    ]
 
 
 def write_whole(
@@ -149,6 +161,11 @@ class Checkpoint:
                 return cls.open(storage.at(found.name))
         return None
 
+    @classmethod
+    def all(cls, storage: Storage) -> list[Checkpoint]:
+        """The committed checkpoints in the folder of all of them, by step; of two of one step the newer attempt's."""
+        return list({f.step: cls.open(storage.at(f.name)) for f in find(storage) if f.committed}.values())
+
     @property
     def step(self) -> int:
         return self.commit["step"]
@@ -201,9 +218,9 @@ class Checkpoint:
         return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
     @property
-    def kinds(self) -> set[str]:
-        """What it holds of each parameter: an imported one lacks the moments, and may lack weight or ema."""
-        return {kind for kind, _ in self._pieces}
+    def kinds(self) -> list[str]:
+        """What it holds of the parameters: weight, exp_avg, exp_avg_sq, ema, ema-0.050, ..."""
+        return sorted({kind for kind, _ in self._pieces})
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Every parameter whole, in its shape: kind 'weight' or 'ema'. Raises ConfigError if it holds no such kind."""
@@ -225,10 +242,23 @@ class Checkpoint:
                 "here; set model.* as in its run's config.yaml, or take another run.name"
             )
 
+    def check_has(self, profiles: Iterable[str]) -> None:
+        """Raises ConfigError if it lacks one of the power-function averages (kinds) that a run wants to go on with."""
+        for kind in profiles:
+            if kind not in self.kinds:
+                raise ConfigError(
+                    f"train.ema_profiles: {self.storage.url} has no average {kind}, which must be kept from the "
+                    "first step on; take the width out, or take another run.name"
+                )
+
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
-    """Sets a rank's weights, moments and EMA from a checkpoint of any world size and ZeRO stage."""
+    """Sets a rank's weights, moments and averages from a checkpoint of any world size and ZeRO stage.
+
+    Raises ConfigError if it is of another model or lacks one of the averages.
+    """
     checkpoint.check_fits(engine.shapes)
+    checkpoint.check_has(ema.profiles())
     engine.restore(checkpoint.step, checkpoint.read)
     ema.restore(checkpoint.read)
 
@@ -266,7 +296,18 @@ def retain(storage: Storage, rule: Retention) -> list[str]:
         if f.name in kept or (f not in good and newer):
             continue
         lost += [] if f in good else [f"{storage.url}/{f.name}"]
-        # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
-        storage.remove(f"{f.name}/{COMMIT}")
-        storage.remove(f.name)
+        _remove(storage, f.name)
     return lost
+
+
+def drop_after(storage: Storage, step: int) -> None:
+    """Removes what was written after `step`: a run that is resumed there writes it anew."""
+    for found in find(storage):
+        if found.step > step:
+            _remove(storage, found.name)
+
+
+def _remove(storage: Storage, name: str) -> None:
+    # The marker goes first: a removal that is cut short leaves a torn one, not a damaged one.
+    storage.remove(f"{name}/{COMMIT}")
+    storage.remove(name)

@@ -25,10 +25,6 @@ _BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default of 5e8 takes gigabytes
 _READERS = 8  # of a checkpoint, at a time
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, stop) of a flattened parameter, as views of this rank's fp32 state (all 1-D).
@@ -92,7 +88,7 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._stage, self._config = config.zero_stage, config
-        self.before_step: Callable[[], None] = _nothing
+        self.before_step: list[Callable[[], None]] = []
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.micro_batch = config.micro_batch_on(self.world_size)
         self._skipped_last = False
@@ -156,7 +152,8 @@ class Engine:
             if not engine.is_gradient_accumulation_boundary():
                 engine.step()
                 return None
-            self.before_step()
+            for call in self.before_step:
+                call()
             return self._step()
 
     def _step(self) -> Tensor:

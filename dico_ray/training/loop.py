@@ -38,6 +38,10 @@ class Report(Protocol):
         """Begins a checkpoint. metrics: the last logged ones."""
         ...
 
+    def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keeps the averages of train.ema_profiles as they are now, for post-hoc reconstruction."""
+        ...
+
     def stepped(self, step: int) -> bool:
         """A step is finished; whether this rank wants training to stop here, with a checkpoint."""
         ...
@@ -47,6 +51,12 @@ def learning_rate(config: Config, step: int) -> float:
     """Of the step that follows `step` finished ones: linear warm-up, then constant."""
     warmup = config.train.warmup_steps
     return config.train.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def snapshot_due(config: Config, done: int) -> bool:
+    """Whether the averages are kept after `done` finished steps."""
+    every = config.train.ema_snapshot_every
+    return every is not None and (done % every == 0 or done == config.train.steps)
 
 
 def train_loop(
@@ -80,6 +90,10 @@ def train_loop(
             report.log(metrics)
         stop = engine.agree(report.stepped(done))
         last = done == config.train.steps or stop
+        # Before the checkpoint: a run that is resumed there has its snapshot.
+        if snapshot_due(config, done):
+            report.snapshot(done, metrics)
+            meter.checkpoint_done()
         # Among bad steps the state may be their cause: none is kept to go back to.
         if last or (done % config.train.checkpoint_every == 0 and not bad):
             report.save(done, metrics)

@@ -11,10 +11,9 @@ from typing import Any
 from dico_ray.storage import Storage, StorageError
 from dico_ray.training import attempts
 from dico_ray.training.attempts import Attempt
-from dico_ray.training.checkpoint import CheckpointError, Retention, commit, folder_name, retain, state
-from dico_ray.training.ema import EMA
+from dico_ray.training.checkpoint import CheckpointError, Retention, commit, folder_name, retain
 from dico_ray.training.engine import Engine
-from dico_ray.training.snapshot import Part, Snapshot
+from dico_ray.training.snapshot import Named, Part, Snapshot
 
 _UPLOADS = 4  # parts at a time
 _POLL_S = 0.2
@@ -28,18 +27,24 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, storage: Storage, attempt: Attempt, engine: Engine, ema: EMA, rule: Retention, max_failed: int,
-        report: Callable[[dict[str, Any]], None], patience_s: float,
+        self, storage: Storage, attempt: Attempt, engine: Engine, tensors: Callable[[], list[Named]], rule: Retention,
+        max_failed: int, report: Callable[[dict[str, Any]], None], patience_s: float,
+        thread: ThreadPoolExecutor | None = None, fence: Storage | None = None,
     ) -> None:  # fmt: skip
-        """storage: the folder of all checkpoints. report: takes events, from a thread. patience_s: what rank 0 waits
-        for the other ranks' parts once its own are written."""
+        """storage: the folder of all checkpoints. fence: the one with the attempts, if that is another.
+
+        tensors: what is written, always of the same names and sizes. report: takes events, from a thread.
+        patience_s: what rank 0 waits for the other ranks' parts once its own are written. thread: shared by writers
+        whose checkpoints have to be committed in the order of their calls.
+        """
         self._storage, self._attempt, self._rule = storage, attempt, rule
-        self._engine, self._ema = engine, ema
+        self._fence = fence or storage
+        self._engine, self._tensors = engine, tensors
         self._max_failed, self._report, self._patience_s = max_failed, report, patience_s
         self._failed = 0
-        self._snapshot = Snapshot(state(engine, ema), engine.device)
-        engine.before_step = self._snapshot.hold_device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._snapshot = Snapshot(tensors(), engine.device)
+        engine.before_step.append(self._snapshot.hold_device)
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._uploads = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload")
         self._running: Future[None] | None = None
 
@@ -49,7 +54,7 @@ class CheckpointWriter:
         about: JSON facts to keep with it. Raises FencedError, CheckpointError (see above).
         """
         self._settle()
-        self._snapshot.take(state(self._engine, self._ema))
+        self._snapshot.take(self._tensors())
         self._running = self._thread.submit(self._write, step, about)
 
     def poll(self) -> None:
@@ -60,7 +65,6 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Waits until the last checkpoint is committed. Raises CheckpointError if it could not be written."""
         self._settle()
-        self._thread.shutdown()
         self._uploads.shutdown()
         if self._failed:
             raise CheckpointError(
@@ -94,7 +98,7 @@ class CheckpointWriter:
         if self._engine.rank:
             return
         everyone = self._gather(here)
-        attempts.check(self._attempt, attempts.read(self._storage))
+        attempts.check(self._attempt, attempts.read(self._fence))
         commit(here, step, self._engine.shapes, everyone, about)
         seconds, size = time.monotonic() - began, sum(part["bytes"] for part in everyone)
         self._report({

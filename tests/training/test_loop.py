@@ -26,12 +26,17 @@ class Recorded:
         self.stop_at = stop_at
         self.metrics: list[dict[str, Any]] = []
         self.saved: list[int] = []
+        self.snapshots: list[int] = []
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
 
     def save(self, step: int, metrics: dict[str, Any]) -> None:
         self.saved.append(step)
+
+    def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
+        assert step not in self.saved  # a run that resumes at a checkpoint has its snapshot
+        self.snapshots.append(step)
 
     def stepped(self, step: int) -> bool:
         return step == self.stop_at
@@ -60,7 +65,7 @@ def _run(
     torch.manual_seed(0)
     model = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=10, class_dropout_prob=0.0)
     engine = Engine(model, config.train, torch.device("cpu"))
-    ema, report = EMA(engine, config.train.ema_decay), Recorded(stop_at)
+    ema, report = EMA(engine, config.train.ema_decay, config.train.ema_profiles), Recorded(stop_at)
     train_loop(config, engine, ema, batches, report, passed_over)
     average = torch.cat([t.clone() for t in ema.tensors()])
     engine.close()
@@ -79,8 +84,13 @@ def test_accumulated_steps_equal_undivided_ones() -> None:
 def test_it_logs_and_saves_when_told_and_stops_at_the_last_step() -> None:
     report, _ = _run(_config(log_every=4), _batches(50))
     assert [m["step"] for m in report.metrics] == [4, 6]
-    assert report.saved == [4, 6]
+    assert (report.saved, report.snapshots) == ([4, 6], [])
     assert {"loss", "mse", "vb", "grad_norm", "lr", "images_per_s", "data_wait"} <= report.metrics[0].keys()
+
+
+def test_averages_are_kept_when_told_and_at_the_last_step() -> None:
+    report, _ = _run(_config(ema_profiles=[0.1], ema_snapshot_every=2, steps=5), _batches(5))
+    assert (report.snapshots, report.saved) == ([2, 4, 5], [4, 5])
 
 
 def test_a_logged_loss_is_the_mean_since_the_last_one() -> None:
