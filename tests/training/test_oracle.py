@@ -28,7 +28,7 @@ _STEPS, _LONG, _SMOOTHED = 60, 300, 20
 _FP32 = {"loss": 1e-6, "grad_norm": 1e-6, "weights_worst": 1e-4, "ema_worst": 1e-4}
 # bf16, against the oracle in fp32: measured 2.2e-4, 1.4e-3, and over all tensors 9.1e-2 and 7.2e-2, but 2e-2 when the
 # same is run again: AdamW makes whole steps of gradients that are nothing but rounding (the timestep embedders').
-_BF16 = {"loss": 1e-3, "grad_norm": 5e-3, "weights": 0.3, "ema": 0.3}
+_BF16 = {"loss": 5e-4, "grad_norm": 3e-3, "weights": 0.3, "ema": 0.3}
 # bf16 over 300 steps, losses smoothed over 20: the largest relative difference at any step. Measured: from the oracle
 # 3.1e-3 at the most with seed 0 and 7.3e-3 with seed 1, between stages 3.0e-3. Two seeds in fp32 differ by 0.25.
 _BF16_CURVE, _SEEDS = 0.02, 0.1
