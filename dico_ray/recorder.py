@@ -78,16 +78,22 @@ class Recorder:
         self._gauges: dict[str, Gauge] = {}
         self._recent: list[dict[str, Any]] = []
 
-    def begin(self, start: int, attempt: str, workers: int) -> None:
-        """Workers begin (again) after `start` steps."""
+    def begin(
+        self, start: int, attempt: str, workers: int, unlogged: list[dict[str, Any]], took: dict[str, float]
+    ) -> None:
+        """Workers begin (again) after `start` steps.
+
+        unlogged: metrics up to there that may not have been logged. took: seconds of what rank 0 did first, by name.
+        """
         if self._log:
             self._log.close()
-        self._log = MetricsLog(self._run, start)
+        self._log = MetricsLog(self._run, start, unlogged)
         self._goodput.begin(start)
         self._latest = {}
         self._stop = "" if self._stop == RESTART else self._stop
-        self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers,
-                    "text": f"{workers} workers begin after step {start}"})  # fmt: skip
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
+        self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,
+                    "text": f"{workers} workers begin after step {start} ({parts})"})  # fmt: skip
 
     def log(self, metrics: dict[str, Any]) -> None:
         """metrics: plain numbers by name; `step` among them."""

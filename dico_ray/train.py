@@ -25,7 +25,7 @@ from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
 from dico_ray.training import attempts, posthoc
 from dico_ray.training.attempts import Attempt, FencedError
-from dico_ray.training.checkpoint import Checkpoint
+from dico_ray.training.checkpoint import Checkpoint, DamagedError
 from dico_ray.training.loop import DivergedError
 from dico_ray.worker import CHECKPOINTS
 
@@ -168,7 +168,7 @@ class _Launch:
     def _failed(self, error: Exception, failures: int) -> None:
         """Notes a failure. Raises what ended the run, if that is not worth another attempt."""
         cause, most = _cause(error), self.config.train.max_failures
-        text = str(cause or error).splitlines()[0]
+        text = str(cause) if cause else _deaths(error)
         ray.get(self.keeper.event.remote({"event": "failure", "count": failures, "text": text}))
         if isinstance(cause, FencedError):
             raise cause
@@ -177,7 +177,7 @@ class _Launch:
             self._run.write(PASSED_OVER, json.dumps(steps).encode())
             passed = {"event": "passed over", "steps": cause.steps, "text": f"steps {cause.steps} are left out"}
             ray.get(self.keeper.event.remote(passed))
-        if failures > most or isinstance(cause, ConfigError | ShardError):
+        if failures > most or isinstance(cause, ConfigError | ShardError | DamagedError):
             raise (TrainingFailedError(str(cause)) if cause else error) from error
 
     def _attempt(self, last: Checkpoint | None) -> None:
@@ -190,6 +190,7 @@ class _Launch:
         task = {
             "config": config.model_dump(), "attempt": self._mine, "checkpoint": last.storage if last else None,
             "passed_over": _passed_over(self._run), "recorder": self.keeper, "about": about(config, self.manifest),
+            "unlogged": last.about.get("unlogged", []) if last else [],
         }  # fmt: skip
         fs, path = Storage(self.config.run.storage).for_arrow()
         trainer = TorchTrainer(
@@ -261,6 +262,13 @@ def _cause(error: BaseException) -> UserError | None:
                 return cause
             cause = cause.__cause__ or inner
     return None
+
+
+def _deaths(error: BaseException) -> str:
+    """Who failed, where no worker could tell why."""
+    failures = getattr(error, "worker_failures", {})
+    told = [f"rank {rank}: {type(failure).__name__}" for rank, failure in sorted(failures.items())]
+    return ", ".join(told) or " ".join(str(error).split())[:200]
 
 
 def _stopped(reason: str, step: int) -> StoppedError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.context import get_train_context
 
 from dico_ray import ingest
@@ -28,7 +30,7 @@ _PATIENCE_S = 300.0  # beyond storage.retry_s, for ranks whose storage is slower
 
 
 def run(task: dict[str, Any]) -> None:
-    """task: config, manifest, attempt, checkpoint (Storage or None), passed_over, recorder, about."""
+    """task: config, attempt, checkpoint (Storage or None), passed_over, recorder, about, unlogged (metrics)."""
     import torch
     from ray.train.torch import get_device
 
@@ -42,20 +44,36 @@ def run(task: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)
     if device.type == "cpu":
         torch.set_num_threads(config.resources.threads or max(1, int(config.resources.worker_cpus)))
+    took = _Stopwatch()
     model = _model(config)
+    took("network")
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
     engine = Engine(model, config.train, device)
     ema = EMA(engine, config.train.ema_decay, config.train.ema_profiles)
+    took("engine")
     start = 0
     if task["checkpoint"]:
         begun = Checkpoint.open(task["checkpoint"])
         checkpoints.restore(begun, engine, ema)
         start = begun.step
+        took("checkpoint read")
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
-    with WorkerReport(config, task, engine, ema, start) as report:
+    with WorkerReport(config, task, engine, ema, start, took) as report:
         train_loop(config, engine, ema, batches, report, task["passed_over"])
+
+
+class _Stopwatch:
+    """`took("engine")`: seconds since the call before, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
 
 
 def _model(config: Config) -> Any:
@@ -79,12 +97,13 @@ class WorkerReport:
     `with` it: at the end the last checkpoint is waited for; after an error nothing is.
     """
 
-    def __init__(self, config: Config, task: dict[str, Any], engine: Any, ema: Any, start: int) -> None:
+    def __init__(
+        self, config: Config, task: dict[str, Any], engine: Any, ema: Any, start: int, took: _Stopwatch
+    ) -> None:
         self._task, self._engine, self._recorder = task, engine, task["recorder"]
         self._run, self._step, self._stop = Storage(config.run.folder), start, ""
         attempt: Attempt = task["attempt"]
-        if engine.rank == 0:
-            ray.get(self._recorder.begin.remote(start, attempt.name, engine.world_size))
+        self._unlogged: list[tuple[Any, dict[str, Any]]] = []
         train, storage = config.train, self._run.at(CHECKPOINTS)
         common = (train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -101,6 +120,10 @@ class WorkerReport:
                 folder, attempt, engine, partial(checkpoints.averages, engine, ema), Retention(sys.maxsize), *common,
                 thread, storage,
             )  # fmt: skip
+        took("memory for checkpoints")
+        if engine.rank == 0:
+            begin = self._recorder.begin
+            ray.get(begin.remote(start, attempt.name, engine.world_size, task["unlogged"], took.seconds))
         self._watchdog = Watchdog(train.hang_timeout_s, self._hangs)
         self._over = threading.Event()
         if engine.rank == 0:
@@ -122,10 +145,20 @@ class WorkerReport:
 
     def log(self, metrics: dict[str, Any]) -> None:
         if self._engine.rank == 0 and metrics:
-            self._recorder.log.remote(metrics)
+            self._unlogged.append((self._recorder.log.remote(metrics), metrics))
 
     def save(self, step: int, metrics: dict[str, Any]) -> None:
-        self._writer.save(step, {**self._task["about"], "metrics": metrics})
+        """The checkpoint also carries what the recorder has not confirmed: it dies with the driver, workers later."""
+        done, waiting = [], [answer for answer, _ in self._unlogged]
+        if waiting:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        try:
+            ray.get(done)
+            self._unlogged = [(answer, m) for answer, m in self._unlogged if answer in waiting]
+        except RayActorError:
+            pass
+        unlogged = [m for _, m in self._unlogged]
+        self._writer.save(step, {**self._task["about"], "metrics": metrics, "unlogged": unlogged})
 
     def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
         assert self._averages

@@ -42,6 +42,10 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that is damaged or does not fit: names the file and says what is wrong."""
 
 
+class DamagedError(CheckpointError):
+    """A committed checkpoint whose bytes are gone or changed: trying again does not help."""
+
+
 def folder_name(step: int, attempt: str = "") -> str:
     """attempt: its name; '' for what no run wrote (imported or averaged weights)."""
     return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
@@ -212,9 +216,9 @@ class Checkpoint:
         try:
             data = self.storage.read(piece.file, piece.at, piece.end)
         except FileNotFoundError:
-            raise CheckpointError(f"{where}: the file is gone; take an earlier checkpoint") from None
+            raise DamagedError(f"{where}: the file is gone; take an earlier checkpoint") from None
         if xxhash.xxh3_128_hexdigest(data) != piece.digest:
-            raise CheckpointError(f"{where}: the bytes differ from what was committed; take an earlier checkpoint")
+            raise DamagedError(f"{where}: the bytes differ from what was committed; take an earlier checkpoint")
         return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,15 +18,17 @@ _TENSORBOARD = "tensorboard"
 class MetricsLog:
     """Appends metrics to metrics.jsonl and TensorBoard files below `storage`.
 
-    A resumed run passes the step it continues from: what an earlier attempt logged beyond it is dropped, so
-    that the file holds each step once. Object stores cannot append: there the files are written anew each time.
+    A resumed run passes the step it continues from: what an earlier attempt logged beyond it is dropped, and what it
+    left unlogged before it is added, so that the file holds each step once. Object stores cannot append: there the
+    files are written anew each time.
     """
 
-    def __init__(self, storage: Storage, start_step: int) -> None:
+    def __init__(self, storage: Storage, start_step: int, unlogged: Sequence[dict[str, Any]] = ()) -> None:
         from tensorboardX import SummaryWriter
 
         self._storage = storage
-        self._lines = [json.dumps(m) for m in read_metrics(storage) if m["step"] <= start_step]
+        known = {m["step"]: m for m in (*unlogged, *read_metrics(storage)) if m["step"] <= start_step}
+        self._lines = [json.dumps(known[step]) for step in sorted(known)]
         self._write_lines()
         self._board_folder = (
             Path(storage.path(_TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))

@@ -20,11 +20,11 @@ from dico_ray.config import Config
 from dico_ray.data.order import rank_rows
 from dico_ray.data.shards import LatentBatch
 from dico_ray.storage import Storage
-from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
 from dico_ray.training.loop import train_loop
 from tests.training import oracle
+from tests.training.saving import save
 
 
 class Curves:
@@ -36,14 +36,20 @@ class Curves:
         self.losses.append(metrics["loss"])
         self.norms.append(metrics["grad_norm"])
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, metrics: dict[str, Any]) -> None:
         pass
+
+    def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def stepped(self, step: int) -> bool:
+        return False
 
 
 def batches(config: Config, rank: int) -> Iterator[LatentBatch]:
     """A rank's part of the stream, as the door's windows give it, from memory."""
     latents, labels = oracle.data()
-    order, world_size = oracle.order_of(config), config.train.num_workers
+    order, world_size = oracle.order_of(config), dist.get_world_size()
     mine = rank_rows(order, world_size, rank).reshape(order.window_steps, -1)
     for step in range(config.train.steps):
         window, place = divmod(step, order.window_steps)
@@ -56,7 +62,7 @@ def follow(config: Config, folder: Storage) -> None:
     engine = Engine(oracle.initial_model(config), config.train, torch.device("cpu"))
     ema, curves = EMA(engine, config.train.ema_decay), Curves()
     train_loop(config, engine, ema, batches(config, engine.rank), curves)
-    checkpoints.save(folder, config.train.steps, engine, ema, {})
+    save(folder, config.train.steps, engine, ema, {})
     if engine.rank == 0:
         folder.write("curves.json", json.dumps([curves.losses, curves.norms]).encode())
     engine.close()
