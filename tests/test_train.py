@@ -20,7 +20,7 @@ from dico_ray.data.shards import Manifest
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
-from dico_ray.training.telemetry import read_metrics
+from dico_ray.training.telemetry import read_events, read_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -177,3 +177,30 @@ def test_a_corrupt_shard_ends_the_run_with_its_name(latents: Path, tmp_path: Pat
     config = _config(copy, tmp_path, "corrupt", num_workers=1, max_failures=0)
     with pytest.raises(train.TrainingFailedError, match=r"shard-00002\.tar at byte 0: hash"):
         train.main(config)
+
+
+@pytest.mark.slow
+def test_two_one_and_three_workers_at_other_stages_follow_one_straight_run(
+    latents: Path, tmp_path: Path, local_ray: None
+) -> None:
+    straight = _config(latents, tmp_path, "straight", global_batch=12)
+    train.main(straight)
+    for steps, workers, stage in ((3, 2, 1), (6, 1, 3), (8, 3, 2)):
+        config = _config(
+            latents, tmp_path, "parts", global_batch=12, steps=steps, num_workers=workers, zero_stage=stage
+        )
+        train.main(config)
+    np.testing.assert_allclose(_losses(config), _losses(straight), rtol=1e-5)
+    assert np.linalg.norm(_ema(config) - _ema(straight)) < 1e-4 * np.linalg.norm(_ema(straight))
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_goes_back_and_then_says_so(latents: Path, tmp_path: Path, local_ray: None) -> None:
+    """A learning rate that cannot work: the offending steps are left out, and in the end the run is given up."""
+    config = _config(latents, tmp_path, "wild", lr=1e30, steps=40, max_skipped_steps=2, max_failures=1)
+    with pytest.raises(train.TrainingFailedError, match=r"gradients of steps \d+ to \d+ were not finite.*train\.lr"):
+        train.main(config)
+    events = read_events(Storage(config.run.folder))
+    (passed,) = [e for e in events if e["event"] == "passed over"]
+    assert len(passed["steps"]) == 2
+    assert [e["event"] for e in events].count("start") == 2

@@ -213,13 +213,15 @@ class Checkpoint:
 
     def _fetch(self, piece: _Piece) -> Tensor:
         where = f"{self.storage.url}/{piece.file} at byte {piece.at}"
+        data = torch.empty(piece.end - piece.at, dtype=torch.uint8)
+        view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
         try:
-            data = self.storage.read(piece.file, piece.at, piece.end)
+            count = self.storage.read_into(piece.file, piece.at, view)
         except FileNotFoundError:
             raise DamagedError(f"{where}: the file is gone; take an earlier checkpoint") from None
-        if xxhash.xxh3_128_hexdigest(data) != piece.digest:
+        if count != len(view) or xxhash.xxh3_128_hexdigest(view) != piece.digest:
             raise DamagedError(f"{where}: the bytes differ from what was committed; take an earlier checkpoint")
-        return torch.frombuffer(bytearray(data), dtype=torch.float32)
+        return data.view(torch.float32)
 
     @property
     def kinds(self) -> list[str]:

@@ -235,7 +235,13 @@ class Engine:
         """
         for flat in {id(p.flat): p.flat for p in self._places}.values():
             where = flat.device if self.device.type == "cuda" else "cpu"
-            state = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+            known = self._adam.state.get(
+                flat, {}
+            )  # used again: beside the old moments there may be no room for new ones
+            state = {
+                kind: known[kind].zero_() if kind in known else torch.zeros_like(flat, requires_grad=False)
+                for kind in MOMENTS
+            }
             self._adam.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
 
         def fill(part: tuple[_Place, str]) -> None:

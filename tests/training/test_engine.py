@@ -27,9 +27,10 @@ def _follow(workers: int, cases: list[dict[str, Any]], folder: Path) -> list[dic
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_fp32_follows_the_released_code_at_every_stage(workers: int, tmp_path: Path) -> None:
-    """Half the stages accumulate, half do not; all go through a checkpoint after ten steps."""
+    """Some accumulate, some do not, with and without offload; all go through a checkpoint after ten steps."""
     cases = [
-        {"zero_stage": stage, "precision": "fp32", "micro_batch": 2 if stage in (0, 3) else None} for stage in range(4)
+        {"zero_stage": stage, "precision": "fp32", "micro_batch": 2 if stage in (0, 3) else None, "offload": offload}
+        for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))
     ]
     for case, errors in zip(cases, _follow(workers, cases, tmp_path), strict=True):
         assert errors["loss"] < 1e-5, case
