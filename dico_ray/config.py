@@ -249,6 +249,8 @@ class Train(Section):
     "Worker failures after which Ray Train gives up; each restart continues at the last checkpoint."
     start_timeout_s: float = Field(600.0, gt=0)
     "Seconds to wait for room for the workers on the cluster (an autoscaler may be adding nodes)."
+    grow_every_s: float = Field(60.0, gt=0)
+    "Seconds between looks for room for more workers, if num_workers allows more: they join after a checkpoint."
     data_timeout_s: float = Field(300.0, gt=0)
     "Seconds without a batch after which training stops and says why, instead of waiting for ever."
 

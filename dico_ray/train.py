@@ -31,7 +31,6 @@ from dico_ray.worker import CHECKPOINTS
 
 CONFIG, PASSED_OVER = "config.yaml", "passed_over.json"
 _POLL_S = 0.5
-_GROW_EVERY_S = 60.0
 
 
 class TrainingFailedError(UserError):
@@ -227,7 +226,7 @@ class _Launch:
         larger = [n for n in self.config.train.world_sizes if n > size]
         while not outcome:
             thread.join(_POLL_S)
-            if larger and time.monotonic() - looked > _GROW_EVERY_S:
+            if larger and time.monotonic() - looked > self.config.train.grow_every_s:
                 looked = time.monotonic()
                 if any(cluster.has_room(n - size, self._bundle, {}) for n in larger):
                     ray.get(self.keeper.want_stop.remote(recorder.RESTART))

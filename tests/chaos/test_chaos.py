@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,9 +126,10 @@ def nodes() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def elastic(run: Run, nodes: Cluster) -> Run:
+def elastic(run: Run, nodes: Cluster, more: dict[str, Any] | None = None) -> Run:
     run.env = {"RAY_ADDRESS": nodes.address}
-    run.settings = {"resources.worker_cpus": 2, "train.num_workers": "[1,2]", "train.micro_batch": 8}
+    own = {"resources.worker_cpus": 2, "train.num_workers": "[1,2]", "train.micro_batch": 8}
+    run.settings = {**own, **(more or {})}
     return run.start()
 
 
@@ -160,6 +162,32 @@ def test_a_node_drained(run: Run, nodes: Cluster, undisturbed: list[float]) -> N
     run.until(lambda: run.step > start["step"], "next step")
     print(f"\n| a node drained (elastic, 2 -> 1 workers) | 0 | {time.monotonic() - began:.1f} |")
     finishes(run, undisturbed)
+
+
+def test_a_node_added(run: Run, undisturbed: list[float]) -> None:
+    """Training on one worker notices the room for a second one, commits, and goes on with two."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=2)
+        elastic(run, cluster, {"train.steps": 20_000, "train.checkpoint_every": 1000, "train.grow_every_s": 2})
+        run.until_step(5)
+        assert run.starts()[-1]["workers"] == 1
+        cluster.add_node(num_cpus=2)
+        began = time.monotonic()
+        run.until(lambda: len(run.starts()) > 1, "restart")
+        start = run.starts()[-1]
+        assert start["workers"] == 2
+        run.until_step(max(STEPS, start["step"] + 5))
+        print(f"\n| a node added (elastic, 1 -> 2 workers) | 0 | {time.monotonic() - began:.1f} |")
+        assert run.process
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 128 + signal.SIGTERM
+    finally:
+        run.kill()
+        cluster.shutdown()
+    metrics = run.lines("metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    np.testing.assert_allclose([m["loss"] for m in metrics[:STEPS]], undisturbed, rtol=TOLERANCE)
 
 
 def test_the_store_away_for_half_a_minute(run: Run, undisturbed: list[float], latents: Path, tmp_path: Path) -> None:
