@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dico_ray.storage import Storage
-from dico_ray.training.checkpoint import Checkpoint, folder_name
+from dico_ray.training.checkpoint import Checkpoint
 from tests.training import oracle
 
 pytestmark = pytest.mark.ray
@@ -54,7 +54,9 @@ def _follow(workers: int, cases: list[_Case], folder: Path) -> list[oracle.Run]:
 
 def _read(folder: Path) -> oracle.Run:
     losses, norms = json.loads((folder / "curves.json").read_text())
-    saved = Checkpoint.open(Storage(str(folder)).at(folder_name(len(losses))))
+    saved = Checkpoint.last(Storage(str(folder)))
+    assert saved is not None
+    assert saved.step == len(losses)
     return oracle.Run(losses, norms, saved.tensors("weight"), saved.tensors("ema"))
 
 
