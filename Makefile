@@ -1,5 +1,5 @@
 # The commands of this project. Each sets up what it needs by itself, in a virtual environment in this folder.
-#   make demo | test | test-fast | test-slow | test-gpu | lint          make test PYTHON=python3.12
+#   make demo | test | test-fast | test-slow | test-chaos | test-gpu | lint          make test PYTHON=python3.12
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -13,19 +13,22 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/cache/torch_extensions
 export PYRIGHT_PYTHON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/pyright
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 
-.PHONY: demo test test-fast test-slow test-gpu lint install
+.PHONY: demo test test-fast test-slow test-chaos test-gpu lint install
 
 demo: install
 	@PATH="$(BIN):$$PATH" $(BIN)/python -m dico_ray.demo --storage $(STORAGE)
 
 test: install
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not chaos and not gpu"
 
 test-fast: install
-	$(PYTEST) -m "not ray and not slow and not gpu"
+	$(PYTEST) -m "not ray and not slow and not chaos and not gpu"
 
 test-slow: install
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not chaos and not gpu"
+
+test-chaos: install
+	$(PYTEST) -m chaos -s
 
 test-gpu: install
 	$(PYTEST) -m gpu
