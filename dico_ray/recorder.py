@@ -21,8 +21,9 @@ from dico_ray.training.track import Tracker, open_tracker
 def start(config: Config) -> Any:
     """Raises ConfigError if a tracking service cannot be had."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    recorder: Any = ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4)
-    recorder = recorder.remote(config)
+    # One thread writes, in the order of the calls: an actor with max_concurrency > 1 would run them in any order.
+    recorder: Any = ray.remote(concurrency_groups={"writing": 1, "answering": 3})(Recorder)
+    recorder = recorder.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1).remote(config)
     try:
         ray.get(recorder.latest.remote())
     except (RayTaskError, RayActorError) as error:
@@ -78,6 +79,7 @@ class Recorder:
         self._gauges: dict[str, Gauge] = {}
         self._recent: list[dict[str, Any]] = []
 
+    @ray.method(concurrency_group="writing")
     def begin(
         self, start: int, attempt: str, workers: int, unlogged: list[dict[str, Any]], took: dict[str, float]
     ) -> None:
@@ -95,6 +97,7 @@ class Recorder:
         self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,
                     "text": f"{workers} workers begin after step {start} ({parts})"})  # fmt: skip
 
+    @ray.method(concurrency_group="writing")
     def log(self, metrics: dict[str, Any]) -> None:
         """metrics: plain numbers by name; `step` among them."""
         assert self._log
@@ -108,24 +111,29 @@ class Recorder:
                     self._gauges[name] = Gauge(f"dico_ray_{name}", f"{name} of training", ("run",))
                 self._gauges[name].set(float(value), {"run": self._config.run.name})
 
+    @ray.method(concurrency_group="writing")
     def event(self, event: dict[str, Any]) -> None:
         """event: its kind under 'event', a line for people under 'text', and facts."""
         event = {"time": time.time(), **event}
         self._events.add(event)
         self._recent.append(event)
 
+    @ray.method(concurrency_group="answering")
     def latest(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The last logged metrics, and the events since the last call."""
         recent, self._recent = self._recent, []
         return self._latest, recent
 
+    @ray.method(concurrency_group="answering")
     def want_stop(self, reason: str) -> None:
         """Asks the workers to save a checkpoint and end. RESTART: to be started again at once."""
         self._stop = self._stop or reason
 
+    @ray.method(concurrency_group="answering")
     def stop_wanted(self) -> str:
         return self._stop
 
+    @ray.method(concurrency_group="writing")
     def close(self) -> None:
         for log in (self._log, *self._trackers):
             if log:

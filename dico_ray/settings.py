@@ -39,7 +39,8 @@ def fields(section: str) -> list[Setting]:
 def _field_docs() -> dict[str, dict[str, str]]:
     """The string below each field, by class and field (Python keeps no such docstring at run time)."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+    sources = sorted(Path(config.__file__).parent.glob("*.py"))
+    for node in (node for file in sources for node in ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ClassDef):
             texts = docs.setdefault(node.name, {})
             for field, text in zip(node.body, node.body[1:], strict=False):

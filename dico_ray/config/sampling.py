@@ -1,0 +1,48 @@
+"""Generating images."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dico_ray.config.base import Location, Section, Timestep
+
+
+class Sample(Section):
+    """checkpoint -> images."""
+
+    checkpoint: str = "last"
+    "'last' (of this run), or the folder or URL of one checkpoint."
+    weights: Literal["ema", "model"] = "ema"
+    "Which of the checkpoint's weights generate."
+    count: int = Field(64, ge=1)
+    "Number of images."
+    steps: int = Field(250, ge=2, le=1000)
+    "Steps of the sampler."
+    method: Literal["ddpm", "ddim"] = "ddpm"
+    "ADM's respaced ancestral sampler, or DDIM with eta 0."
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    "Classifier-free guidance u + scale (c - u); 1 is none."
+    guidance_channels: Annotated[Literal["3", "all"], BeforeValidator(str)] = "3"
+    "Latent channels that guidance acts on: the first three (the published FIDs) or all (diffusers)."
+    guidance_interval: tuple[Timestep, Timestep] | None = None
+    "Guide only between these timesteps (lowest, highest), as [lo, hi]. Unset: always."
+    labels: Literal["balanced", "random"] = "balanced"
+    "Label of image i: i modulo the classes, or a seeded uniform draw."
+    seed: int = Field(0, ge=0, lt=2**63)
+    "Image i is a function of (seed, i) alone, whatever the batch size and the pool."
+    batch_size: int = Field(32, ge=1)
+    "Images an actor generates at a time."
+    precision: Literal["fp32", "bf16"] = "fp32"
+    "Arithmetic of the network."
+    output: Location = ""
+    "Folder for the images; unset: samples/ in the run's folder."
+    grid_rows: int = Field(8, ge=1)
+    "Rows of the grid picture; a column per class, up to ten."
+
+    @model_validator(mode="after")
+    def _interval(self) -> Sample:
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"sample.guidance_interval: {list(self.guidance_interval)} must be [lowest, highest]")
+        return self
