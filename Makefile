@@ -6,7 +6,8 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-py$(VERSION)
 BIN := $(CURDIR)/$(VENV)/bin
 STORAGE ?= runs
-PYTEST := $(BIN)/python -m pytest
+PYTEST_ARGS ?=
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What the tools compile or fetch at run time stays in this folder too.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/cache/torch_extensions
