@@ -2,46 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dico_ray.arithmetic import forward_macs, parameter_count, training_flops
 from dico_ray.config import Config
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes per GPU of a run's training state; activations come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema
-
-
-def state_memory(parameters: int, stage: int, world_size: int, precision: str, averages: int = 1) -> Memory:
-    """Bytes per GPU by ZeRO stage (arXiv 1910.02054, section 3): which parts are divided by the world size.
-
-    The network's weights take 2 bytes in bf16 and 4 in fp32; gradients accumulate in fp32; the optimizer holds
-    fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the averages (EMA and
-    profiles) are fp32, and dealt out at every stage.
-    """
-    weight = 2 if precision == "bf16" else 4
-    master = 0 if stage == 0 and precision == "fp32" else 4
-    gradient = 2 if stage == 0 and precision == "bf16" else 4
-
-    def share(nbytes: int, divided: bool) -> int:
-        return -(-nbytes // world_size) if divided else nbytes
-
-    return Memory(
-        weights=share(parameters * weight, stage >= 3),
-        gradients=share(parameters * gradient, stage >= 2),
-        optimizer=share(parameters * (master + 8), stage >= 1),
-        ema=share(parameters * 4 * averages, True),
-    )
+from dico_ray.planning.memory import state_memory
 
 
 def shard_bytes(config: Config, samples: int) -> int:

@@ -5,45 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dico_ray.data.shards import sample_bytes
-from dico_ray.operate.plan import main, shard_bytes, state_memory
+from dico_ray.operate.plan import main, shard_bytes
+from dico_ray.planning.memory import state_memory
 from dico_ray.recipes import resolve
-
-
-@given(
-    parameters=st.integers(1, 10**10),
-    stage=st.integers(0, 3),
-    world=st.integers(1, 1024),
-    precision=st.sampled_from(["fp32", "bf16"]),
-)
-def test_memory_sums_and_never_grows_with_workers(parameters: int, stage: int, world: int, precision: str) -> None:
-    one, many = state_memory(parameters, stage, 1, precision), state_memory(parameters, stage, world, precision)
-    assert many.total == many.weights + many.gradients + many.optimizer + many.ema
-    for name, divided_from in (("weights", 3), ("gradients", 2), ("optimizer", 1), ("ema", 0)):
-        whole, part = getattr(one, name), getattr(many, name)
-        if stage >= divided_from:
-            assert whole / world <= part < whole / world + 1  # rounded up: all ranks together hold all of it
-        else:
-            assert part == whole
-
-
-def test_memory_of_one_billion_by_stage() -> None:
-    """ZeRO's arithmetic (arXiv 1910.02054, figure 1), with fp32 gradients where they accumulate, and an EMA."""
-    n, workers = 10**9, 4
-    told = [state_memory(n, stage, workers, "bf16") for stage in range(4)]
-    assert [m.weights / n for m in told] == [2, 2, 2, 0.5]
-    assert [m.gradients / n for m in told] == [2, 4, 1, 1]
-    assert [m.optimizer / n for m in told] == [12, 3, 3, 3]
-    assert [m.ema / n for m in told] == [1, 1, 1, 1]
-    full = [state_memory(n, stage, workers, "fp32") for stage in range(4)]
-    assert [m.weights / n for m in full] == [4, 4, 4, 1]
-    assert [m.gradients / n for m in full] == [4, 4, 1, 1]
-    assert [m.optimizer / n for m in full] == [8, 3, 3, 3]
-    for stages in (told[1:], full[1:]):
-        assert [m.total for m in stages] == sorted((m.total for m in stages), reverse=True)
 
 
 def test_shard_bytes_are_the_format_s() -> None:
