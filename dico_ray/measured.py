@@ -38,9 +38,8 @@ class Row:
     def told(self) -> str:
         """The row in a few words, for the foot of a table."""
         several = f"{self.gpus} x " if self.gpus > 1 else ""
-        return (
-            f"{self.model}, {self.what}, micro-batch {self.micro_batch}, {several}{self.gpu}: {self.images_per_s:g}/s"
-        )
+        where = f"{several}{self.gpu}, micro-batch {self.micro_batch}"
+        return f"{self.model}, {self.what}, {where}: {self.images_per_s:g} images/s"
 
 
 @cache

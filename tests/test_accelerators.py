@@ -17,7 +17,8 @@ from dico_ray.config.hardware import Hardware
 )  # fmt: skip
 def test_drivers_names_find_their_row(told: str, row: str) -> None:
     found = find(told)
-    assert found and found.name == row
+    assert found
+    assert found.name == row
 
 
 @pytest.mark.parametrize("told", ["NVIDIA GeForce RTX 4090", "NVIDIA T4", "", "NVIDIA GH100X"])

@@ -17,7 +17,8 @@ def test_rows_are_of_known_networks_and_gpus() -> None:
     for row in rows:
         assert row.model in ARCHITECTURES or row.model.startswith("DiT"), row
         gpu = find(row.gpu)
-        assert gpu and (row.memory_gb is None or row.memory_gb * 1e9 < gpu.memory), row
+        assert gpu, row
+        assert (row.memory_gb or 0) * 1e9 < gpu.memory, row
 
 
 @pytest.mark.parametrize("what", [measured.WHOLE, measured.BARE])
@@ -27,4 +28,5 @@ def test_rates_and_arithmetic_agree(what: str) -> None:
     assert rows
     for row in rows:
         flops = training_flops(Model(name=row.model))  # pyright: ignore[reportCallIssue]
-        assert row.images_per_s and row.images_per_s * flops / 1e12 == pytest.approx(row.tflops, rel=0.01)
+        assert row.images_per_s
+        assert row.images_per_s * flops / 1e12 == pytest.approx(row.tflops, rel=0.01)

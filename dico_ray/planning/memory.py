@@ -137,9 +137,7 @@ def check(config: Config, workers: int | None = None) -> None:
     if micro <= fit.largest:
         return
     need = memory_at(config, train.zero_stage, fit.workers, micro) / 1e9
-    name = (
-        f"train.micro_batch: {micro}" if train.micro_batch else f"train.micro_batch: a worker's whole share, {micro},"
-    )
+    name = f"train.micro_batch: {micro}" + ("" if train.micro_batch else " (unset: a worker's whole share)")
     raise ConfigError(
         f"{name} takes {need:.1f} GB of a GPU, and {config.hardware.gpu} has room for {fit.room_gb:.1f} (hardware."
         f"memory_share of it); {mend(config, fit)}"
