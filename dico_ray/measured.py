@@ -10,6 +10,7 @@ from importlib.resources import files
 # What was run, where plans build on it: a row's `what`.
 WHOLE = "training, whole path"
 BARE = "training, bare loop, blocks compiled"
+PRODUCTS = "training, the blocks' 1x1 products alone"
 WHOLE_STAGE_3 = "training, whole path, ZeRO-3"
 CHECKPOINT = "checkpoint behind training"
 
