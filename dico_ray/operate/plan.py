@@ -153,7 +153,8 @@ def _memory_lines(config: Config, plan: Plan) -> list[str]:
     train, fit = config.train, plan.fit
     where = ", optimizer and EMA in the host's memory" if train.offload else ""
     lines = [
-        f"GB a GPU, {train.precision}, {plan.workers} workers, {config.hardware.gpu} with room for {fit.room_gb:.1f}{where}",
+        f"GB a GPU, {train.precision}, {plan.workers} workers, "
+        f"{config.hardware.gpu} with room for {fit.room_gb:.1f}{where}",
         "  ZeRO   weights  gradients  optimizer     EMA    state  + an image  fit  or recomputed  fit   images/s",
     ]  # fmt: skip
     for row in plan.stages:
@@ -174,12 +175,13 @@ def _data_lines(config: Config, plan: Plan) -> list[str]:
     train, saving = config.train, plan.checkpoint
     averages = 1 + len(train.ema_profiles)
     kept = "EMA" if averages == 1 else f"{averages} averages"
+    gb, seconds = f"{saving.nbytes / 1e9:.2f} GB", f"{saving.least_s:.2g} to {saving.most_s:.2g} s"
     lines = [
         f"shards       {traffic.shard_bytes(config, 1):,} bytes a sample, "
         f"{traffic.shard_bytes(config, IMAGENET) / 1e9:.1f} GB for ImageNet's {IMAGENET:,} images",
-        f"checkpoint   {saving.nbytes / 1e9:.2f} GB (weights, two moments, {kept}; fp32), {train.keep_checkpoints} kept",
-        f"             {saving.part / 1e9:.2f} GB a worker, written {saving.least_s:.2g} to {saving.most_s:.2g} s behind "
-        f"training, which stands still {saving.stall_s:.2g} s (at the measured worker's rate)",
+        f"checkpoint   {gb} (weights, two moments, {kept}; fp32), {train.keep_checkpoints} kept",
+        f"             {saving.part / 1e9:.2f} GB a worker, written {seconds} behind training, "
+        f" which stands still {saving.stall_s:.2g} s (at the measured worker's rate)",
     ]
     if train.ema_snapshot_every:
         snapshots = -(-train.steps // train.ema_snapshot_every)

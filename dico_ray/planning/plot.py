@@ -50,9 +50,8 @@ def _rates(axes: Any, config: Config, points: list[Point], grown: list[Point]) -
         ends, [first.images_per_s * size / first.workers for size in ends], ":", color="grey", label="in proportion"
     )
     axes.axvline(own, color="#bbbbbb", linewidth=1)
-    axes.set(
-        xscale="log", yscale="log", xlabel=f"{config.hardware.gpu} GPUs (line: the run's {own})", ylabel="images/s"
-    )
+    axes.set(xlabel=f"{config.hardware.gpu} GPUs (line: the run's {own})", ylabel="images/s", yscale="log")
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_title(f"{config.model.name}, ZeRO-{config.train.zero_stage}: forecast")
     axes.legend()

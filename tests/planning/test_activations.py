@@ -54,6 +54,7 @@ def test_eager_bytes_are_what_autograd_keeps(sizes: dict[str, Any], batch: int, 
     assert kept == batch * activation_bytes(model, "eager", value=4)
 
 
+@pytest.mark.slow
 def test_compiled_bytes_are_what_a_compiled_block_keeps() -> None:
     """By the partition that Inductor compiles, without its code: that needs no compiler here."""
     width, batch, side, ffn_ratio = 16, 2, 8, 3
