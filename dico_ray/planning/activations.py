@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dico_ray.arithmetic import stage_widths
-from dico_ray.config import Model
+from dico_ray.config import Config, Model
 
 FEATURES = 256  # sinusoids of a timestep
 _STATISTIC = 4  # bytes of a LayerNorm's mean or reciprocal deviation: fp32 beside bf16 activations too, on GPUs
@@ -23,25 +23,29 @@ class Saved:
 
     maps: tensors of C values a pixel. hidden: tensors of ffn_ratio x C values a pixel.
     vectors: values an image, in C: adaLN's six and what is computed from them, means and gates of the attention.
+    head_maps, head_vectors: the same of the head, beside its input and its condition, in its own width.
     """
 
     maps: int
     hidden: int
     vectors: int
+    head_maps: int
+    head_vectors: int
 
 
 PATHS: dict[str, Saved] = {
     # Input, normalised, modulated, both convolutions', GELU's, the attention's and the third product's output; of the
     # feed-forward half: input, normalised, modulated, last product's output; hidden: before and after GELU.
-    "eager":    Saved(maps=12, hidden=2, vectors=11),
+    # The head: normalised and modulated; SiLU and 1 + scale.
+    "eager":    Saved(maps=12, hidden=2, vectors=11, head_maps=2, head_vectors=2),
     # Compiled blocks compute the normalised values, the first GELU and the second half's input anew.
-    "compiled": Saved(maps=8,  hidden=2, vectors=11),
+    "compiled": Saved(maps=8,  hidden=2, vectors=11, head_maps=2, head_vectors=2),
 }  # fmt: skip
 
 
-def path_of(compiled: bool, stage: int) -> str:
+def path_of(config: Config, stage: int) -> str:
     """The row of `PATHS` that a run takes on GPUs: blocks are compiled (train.compile) but at ZeRO stage 3."""
-    return "compiled" if compiled and stage < 3 else "eager"
+    return "compiled" if config.train.compile and stage < 3 else "eager"
 
 
 def activation_bytes(model: Model, path: str, value: int, recompute: bool = False) -> int:
@@ -53,7 +57,7 @@ def activation_bytes(model: Model, path: str, value: int, recompute: bool = Fals
     """
     ratio, depths = model.architecture.ffn_ratio, model.architecture.depths
     blocks = [block_bytes(width, ratio, area, path, value) for width, area in _stages(model)]
-    around = _around(model, value)
+    around = _around(model, PATHS[path], value)
     if not recompute:
         return around + sum(depth * block for depth, block in zip(depths, blocks, strict=True))
     inputs = sum(depth * width * area for depth, (width, area) in zip(depths, _stages(model), strict=True))
@@ -84,13 +88,13 @@ def block_bytes(width: int, ffn_ratio: int, area: int, path: str, value: int) ->
     return numbers * value + _NORMS * _STATISTICS * area * _STATISTIC
 
 
-def _around(model: Model, value: int) -> int:
+def _around(model: Model, saved: Saved, value: int) -> int:
     """Embedders, input convolution, resampling, joins and head."""
     d, full, half = model.architecture.hidden_size, model.latent_size**2, model.latent_size**2 // 4
     widths = (d, 2 * d, 4 * d)
     conditions = FEATURES + sum(3 * width for width in widths)  # two layers' activations, and their sum with the label
     ends = sum(width * area for width, area in _stages(model))  # each stage's output: the next convolution's input
     joins = 4 * d * half + 2 * d * full  # concatenated with the skips
-    head = 2 * 2 * d * full + 2 * 2 * d  # normalised and modulated; SiLU and 1 + scale
+    head = 2 * d * (saved.head_maps * full + saved.head_vectors)
     numbers = conditions + model.in_channels * full + ends + joins + head
     return numbers * value + _STATISTICS * full * _STATISTIC + _LABEL

@@ -93,7 +93,7 @@ def config_state(config: Config, stage: int, workers: int) -> State:
 
 def image_bytes(config: Config, stage: int, recompute: bool = False) -> int:
     """What each image of a micro-batch takes: activations, and gradients at the height of the backward pass."""
-    path = path_of(config.train.compile, stage)
+    path = path_of(config, stage)
     value = 2 if config.train.precision == "bf16" else 4
     return activation_bytes(config.model, path, value, recompute) + working_bytes(config.model, value)
 

@@ -19,7 +19,7 @@ from dico_ray.accelerators import Accelerator, find
 from dico_ray.arithmetic import training_flops
 from dico_ray.config import Config, Model
 from dico_ray.measured import Row
-from dico_ray.planning.activations import activation_bytes, path_of
+from dico_ray.planning.activations import activation_bytes
 from dico_ray.planning.memory import gpu_of
 
 
@@ -54,7 +54,7 @@ def micro_batch_time(config: Config, micro_batch: int, rows: tuple[Row, ...] | N
     """Of the config's network on hardware.gpu; None where `why_unknown` says so. rows: instead of measured.json's."""
     if why_unknown(config):
         return None
-    path = path_of(config.train.compile, config.train.zero_stage)
+    path = "eager" if config.train.zero_stage == 3 else "compiled"
     return _ladders(rows or measured.rows(), path).time(config.model, gpu_of(config), micro_batch)
 
 
@@ -65,7 +65,7 @@ def _ladders(rows: tuple[Row, ...], path: str) -> Ladders:
 
 @dataclass(frozen=True)
 class Ladders:
-    """Measured rows, and what they tell together of networks that keep activations by `path`."""
+    """Measured rows, and what they tell together of networks whose blocks run by `path`: compiled or eager."""
 
     rows: tuple[Row, ...]
     path: str

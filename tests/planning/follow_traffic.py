@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node N follow_traffic.py OUTPUT MICRO_BATCHES '[{"train": {...}, ...}, ...]'
 
-Writes OUTPUT: for each case's settings, bytes of the step's tensors by kind of collective, and of all tensors held after it.
+Writes OUTPUT: for each case's settings, bytes of the step's tensors by kind of collective, and of all tensors that
+are held after it.
 """
 
 from __future__ import annotations

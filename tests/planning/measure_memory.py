@@ -44,7 +44,8 @@ def peak(recipe: str, micro_batch: int) -> int:
 def main() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     print(peak(sys.argv[1], int(sys.argv[2])))
     dist.destroy_process_group()
 
