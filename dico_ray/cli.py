@@ -66,6 +66,10 @@ _EMA = (
     Option("--sigma", float, None, "relative width of the average, in (0, 0.28), with up to three decimals"),
     Option("--step", int, 0, "optimizer step of the average; 0: the last snapshot's"),
 )
+_PLAN = (
+    Option("--plot", str, "", "PNG, SVG or PDF file for a picture of the scaling forecast"),
+    Option("--json", str, "", "file for the figures"),
+)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -83,8 +87,8 @@ VERBS: dict[str, Verb] = {
                    ("run", "model", "codec", "storage"), _IMPORT),
     "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",
                    ("run", "codec", "sample", "storage"), _EXPORT),
-    "plan": Verb("operate.plan", "parameters, multiply-adds, memory, bytes of shards, before anything starts",
-                 ("run", "model", "data", "train")),
+    "plan": Verb("operate.plan", "memory, largest micro-batch, speed, hours, traffic, scaling, before anything starts",
+                 ("run", "model", "data", "encode", "train", "hardware"), _PLAN),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
     "data info": Verb("data.info", "what a set of latent shards is",

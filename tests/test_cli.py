@@ -114,7 +114,7 @@ def test_overall_help_lists_the_verbs(light: dict[str, Told]) -> None:
 def test_values_keep_their_kinds() -> None:
     words = "--train.lr 2e-4 --train.flip false --model.depths [1,2,3,2,1] --train.betas (0.8,0.9)"
     words += " --sample.guidance_channels 3 --sample.guidance_interval [100,900] --train.micro_batch 8"
-    config, own = cli.parse("plan", [str(word) for word in words.split()])
+    config, own = cli.parse("train", [str(word) for word in words.split()])
     assert (config.train.lr, config.train.flip, config.model.depths) == (2e-4, False, (1, 2, 3, 2, 1))
     assert (config.train.betas, config.sample.guidance_channels) == ((0.8, 0.9), "3")
     assert (config.sample.guidance_interval, config.train.micro_batch) == ((100, 900), 8)

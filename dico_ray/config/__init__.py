@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from dico_ray.config.base import ConfigError, Location, LocationOrHubId, Section, UserError
 from dico_ray.config.data import Codec, Data, Encode
 from dico_ray.config.evaluation import Evaluate
+from dico_ray.config.hardware import Hardware
 from dico_ray.config.model import ARCHITECTURES, Architecture, Model
 from dico_ray.config.run import Resources, Run, StorageSettings
 from dico_ray.config.sampling import Sample
@@ -18,8 +19,8 @@ from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
     "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode", "Evaluate",
-    "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings", "Train",
-    "UserError", "is_profile_name",
+    "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings",
+    "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Config(Section):
     sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
+    hardware: Hardware = Field(default_factory=lambda: Hardware.model_validate({}))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:

@@ -8,21 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dico_ray import accelerators
 from dico_ray.arithmetic import training_flops
 from dico_ray.config import Config
 from dico_ray.training.engine import Engine
 from dico_ray.training.phases import Phases
 
-# Dense bf16 matrix rate by the makers' data sheets, in FLOP/s: what MFU is measured against.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
-
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of the device by its name, None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    """Dense bf16 FLOP/s of the device by its name: what MFU is measured against. None if it is not in the table."""
+    found = accelerators.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return found.peak_flops if found else None
 
 
 class Meter:

@@ -1,0 +1,50 @@
+"""Measured figures, as data: `measured.json`, a row for each thing that was run. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+# What was run, where plans build on it: a row's `what`.
+WHOLE = "training, whole path"
+BARE = "training, bare loop, blocks compiled"
+PRODUCTS = "training, the blocks' 1x1 products alone"
+WHOLE_STAGE_3 = "training, whole path, ZeRO-3"
+CHECKPOINT = "checkpoint behind training"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement. images_per_s and tflops are per GPU, memory_gb is what tensors took of a GPU at most.
+
+    what: training by one of the ways named above, or anything else, in words. versions and command: "" where the
+    source does not tell. values: other figures, by name (seconds, GB ...).
+    """
+
+    model: str
+    gpu: str
+    what: str
+    micro_batch: int | None
+    images_per_s: float | None
+    tflops: float | None
+    memory_gb: float | None
+    versions: str
+    command: str
+    date: str
+    gpus: int = 1
+    values: tuple[tuple[str, float], ...] = ()
+
+    def told(self) -> str:
+        """The row in a few words, for the foot of a table."""
+        several = f"{self.gpus} x " if self.gpus > 1 else ""
+        where = f"{several}{self.gpu}, micro-batch {self.micro_batch}"
+        return f"{self.model}, {self.what}, {where}: {self.images_per_s:g} images/s"
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """All rows, in the file's order."""
+    found = json.loads(files("dico_ray").joinpath("measured.json").read_text(encoding="utf-8"))
+    return tuple(Row(**{**row, "values": tuple(row.get("values", {}).items())}) for row in found)

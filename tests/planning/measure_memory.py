@@ -1,0 +1,54 @@
+"""What a GPU's tensors take at most in training steps through the engine.
+
+    python tests/planning/measure_memory.py RECIPE MICRO_BATCH
+
+Prints the bytes that the GPU's allocator had handed out at most in the second step, the first one having compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dico_ray.data.shards import LatentBatch
+from dico_ray.diffusion.process import Diffusion
+from dico_ray.models import compile_blocks, create_model
+from dico_ray.recipes import resolve
+from dico_ray.training.ema import EMA
+from dico_ray.training.engine import Engine
+from dico_ray.training.loop import train_step
+
+ACCUMULATION = 2
+
+
+def peak(recipe: str, micro_batch: int) -> int:
+    batch = ACCUMULATION * micro_batch
+    config = resolve(recipe, None, {"train": {"num_workers": 1, "micro_batch": micro_batch, "global_batch": batch}})
+    model, device = create_model(config.model.name, class_dropout_prob=0.0), torch.device("cuda", 0)
+    compile_blocks(model)
+    engine = Engine(model, config.train, device)
+    ema, diffusion, side = EMA(engine, config.train.ema_decay), Diffusion(), config.model.latent_size
+    latents = np.random.default_rng(0).standard_normal((batch, 4, side, side)).astype(np.float16)
+    for step in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        rows = np.arange(batch)
+        train_step(config, engine, diffusion, LatentBatch(step, rows, latents, rows % 1000, rows))
+        ema.update(step + 1)
+    return torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    os.environ.setdefault("LOCAL_RANK", "0")
+    torch.cuda.set_device(0)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    print(peak(sys.argv[1], int(sys.argv[2])))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Forecasts of a micro-batch's time: the measured rows come out again, and what lies between and beyond is labelled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dico_ray import measured
+from dico_ray.config import Config
+from dico_ray.planning.speed import Time, micro_batch_time, why_unknown
+from dico_ray.recipes import resolve
+
+
+def planned(recipe: str, gpu: str = "H100", **train: Any) -> Config:
+    return resolve(recipe, None, {"train": train, "hardware": {"gpu": gpu}})
+
+
+def timed(config: Config, micro_batch: int) -> Time:
+    time = micro_batch_time(config, micro_batch)
+    assert time
+    return time
+
+
+def test_a_measured_row_is_its_own_forecast() -> None:
+    row = next(row for row in measured.rows() if row.what == measured.WHOLE and row.gpus == 1)
+    assert row.micro_batch
+    time = timed(planned("dico-h-256"), row.micro_batch)
+    assert time.basis == "measured"
+    assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s)
+    assert time.least_s == time.most_s == time.seconds
+
+
+def test_the_bare_loop_of_the_same_network_carries_the_whole_path_s_toll() -> None:
+    """DiCo-XL was measured in the bare loop alone: its forecast is that row, slowed as DiCo-H was."""
+    row = next(row for row in measured.rows() if row.what == measured.BARE and row.model == "DiCo-XL")
+    assert row.micro_batch
+    assert row.images_per_s
+    time = timed(planned("dico-xl-256"), row.micro_batch)
+    assert (time.basis, time.row) == ("extrapolated", row)
+    assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s * 225 / 250)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "other"), [("dico-xl-256", "DiCo-XL", "DiCo-H"), ("dico-h-256", "DiCo-H", "DiCo-XL")]
+)
+def test_each_measured_network_is_foreseen_from_the_other_within_a_fifth(recipe: str, model: str, other: str) -> None:
+    """What the model of work is worth: the forecasts from the other network's rows alone."""
+    own = [row for row in measured.rows() if row.what == measured.BARE and row.model == model]
+    rest = tuple(row for row in measured.rows() if row.model != model or row.what == measured.PRODUCTS)
+    assert other in {row.model for row in rest}
+    for row in own:
+        assert row.micro_batch
+        assert row.images_per_s
+        toll = 225 / 250 if other == "DiCo-H" else 1  # DiCo-XL's rows have no pair that would tell it
+        time = micro_batch_time(planned(recipe), row.micro_batch, rest)
+        assert time
+        assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s * toll, rel=0.2)
+
+
+def test_between_two_measured_micro_batches_time_is_interpolated() -> None:
+    """With the bare loop's two rows given as the whole path's."""
+    bare = [row for row in measured.rows() if row.what == measured.BARE and row.model == "DiCo-H"]
+    others = [row for row in measured.rows() if row.what != measured.WHOLE]
+    rows = (*others, *(replace(row, what=measured.WHOLE) for row in bare))
+    between = micro_batch_time(planned("dico-h-256"), 80, rows)
+    beyond = micro_batch_time(planned("dico-h-256"), 128, rows)
+    assert between
+    assert beyond
+    assert (between.basis, beyond.basis) == ("interpolated", "extrapolated")
+    assert between.seconds == pytest.approx((64 / 250 + 96 / 259) / 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    recipe=st.sampled_from(["dico-s-256", "dico-b-256", "dico-l-256", "dico-xl-256", "dico-h-256", "dico-xl-512"]),
+    gpu=st.sampled_from(["H100", "H200", "A100", "L4"]),
+    micro_batch=st.integers(1, 200),
+)
+def test_more_images_take_longer_and_each_of_them_less(recipe: str, gpu: str, micro_batch: int) -> None:
+    config = planned(recipe, gpu)
+    one, two = timed(config, micro_batch), timed(config, micro_batch + 1)
+    assert one.seconds < two.seconds
+    assert two.seconds / (micro_batch + 1) < one.seconds / micro_batch
+    for time in (one, two):
+        assert 0 < time.launches_s < time.seconds
+        assert time.least_s <= time.seconds <= time.most_s
+
+
+def test_slower_gpus_take_longer() -> None:
+    times = [timed(planned("dico-h-256", gpu), 16).seconds for gpu in ("B200", "H200", "H100", "A100", "L4")]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"precision": "fp32"}, "train.precision fp32"),
+        ({"offload": True}, "train.offload true"),
+        ({"compile": False}, "train.compile false"),
+    ],
+)
+def test_what_was_never_measured_is_not_forecast(train: dict[str, Any], says: str) -> None:
+    config = planned("dico-h-256", **train)
+    assert micro_batch_time(config, 16) is None
+    assert says in why_unknown(config)
