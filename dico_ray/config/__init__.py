@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from dico_ray.config.base import ConfigError, Location, LocationOrHubId, Section, UserError
+from dico_ray.config.cluster import Cluster
 from dico_ray.config.data import Codec, Data, Encode
 from dico_ray.config.evaluation import Evaluate
 from dico_ray.config.model import ARCHITECTURES, Architecture, Model
@@ -17,9 +18,9 @@ from dico_ray.config.sampling import Sample
 from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
-    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode", "Evaluate",
-    "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings", "Train",
-    "UserError", "is_profile_name",
+    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Cluster", "Codec", "Config", "ConfigError", "Data", "Encode",
+    "Evaluate", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings",
+    "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Config(Section):
     sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
+    cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
