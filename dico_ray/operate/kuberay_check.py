@@ -61,7 +61,9 @@ def broken_rules(document: dict[str, Any]) -> Iterator[str]:
     yield from fault_tolerance_has_one_home(document)
     if kind == "RayCronJob":
         yield from schedule_has_five_fields(spec)
-        spec = spec["jobTemplate"]
+        spec = spec.get("jobTemplate")
+        if not spec:
+            return
     if kind in ("RayJob", "RayCronJob"):
         for rule in kuberay_job_rules.RULES:
             yield from (f"spec: {line}" for line in rule(spec))
