@@ -21,7 +21,7 @@ _DRIVERS = r"[d]ico-ray (encode|train|sample|evaluate|sweep)|[j]obs/[a-z]+\.py"
 Pod = dict[str, Any]
 
 
-def stop_driver(wait_s: int, drivers: str = _DRIVERS) -> list[str]:
+def stop_driver(wait_s: int, drivers: str = _DRIVERS, seen_s: int = _SEEN_S) -> list[str]:
     """The head's last command: asks the run's command to stop, and waits until it has committed a checkpoint.
 
     The job then *fails* (exit code 143), and KubeRay tries it again; `ray job stop` would make it *stopped*, which
@@ -30,7 +30,7 @@ def stop_driver(wait_s: int, drivers: str = _DRIVERS) -> list[str]:
     return _shell(
         f"pkill -TERM -f '{drivers}' || exit 0",
         f"n=0; while [ $n -lt {wait_s} ] && pgrep -f '{drivers}' > /dev/null; do sleep 1; n=$((n+1)); done",
-        f"sleep {_SEEN_S}",
+        f"sleep {seen_s}",
     )
 
 
