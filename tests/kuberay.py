@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import pytest
 
 from dico_ray.config import Config
+from dico_ray.operate import kuberay_schemas
 from dico_ray.recipes import RECIPES
 from dico_ray.settings import build, merge
 
@@ -21,6 +23,12 @@ def schema_folder() -> str:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@cache
+def schema_of(kind: str) -> dict[str, Any]:
+    """KubeRay's schema of a kind, read once."""
+    return kuberay_schemas.load(kind, schema_folder())
 
 
 def config_for(recipe: str = "dico-b-256", **sections: dict[str, Any]) -> Config:

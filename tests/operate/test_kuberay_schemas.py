@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,12 +14,12 @@ import pytest
 from dico_ray.config import ConfigError
 from dico_ray.operate import kuberay_schemas, manifests
 from dico_ray.operate.kuberay_schemas import load, problems, strict, with_defaults
-from tests.kuberay import config_for, only, schema_folder
+from tests.kuberay import config_for, only, schema_of
 
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    return load("RayJob", schema_folder())
+    return schema_of("RayJob")
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,6 @@ def test_what_the_schema_refuses(schema: dict[str, Any], rendered: dict[str, Any
     breaks(job)
     told = problems(job, schema)
     assert len(told) == 1
-    import re
-
     assert re.search(says, told[0]), told
 
 

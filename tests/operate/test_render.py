@@ -10,9 +10,9 @@ import yaml
 
 from dico_ray import cli
 from dico_ray.config import Config, ConfigError
-from dico_ray.operate import kuberay_check, kuberay_schemas, manifests
+from dico_ray.operate import kuberay_check, manifests
 from dico_ray.operate.render import KINDS, render
-from tests.kuberay import config_for, only, schema_folder
+from tests.kuberay import config_for, only, schema_of
 
 FULL: dict[str, Any] = {
     "spot": True, "data_nodes": [1, 8], "redis": "redis:6379", "redis_secret": "redis", "credentials_secret": "store",
@@ -32,17 +32,12 @@ def documents(config: Config, kind: str = "job", verb: str = "train") -> list[di
     return list(yaml.safe_load_all(render(config, kind, verb)))
 
 
-@pytest.fixture(scope="module")
-def schemas() -> dict[str, dict[str, Any]]:
-    return {kind: kuberay_schemas.load(kind, schema_folder()) for kind in kuberay_schemas.PLURALS}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_object_is_valid(schemas: dict[str, dict[str, Any]], variant: str, kind: str) -> None:
+def test_every_object_is_valid(variant: str, kind: str) -> None:
     for document in documents(VARIANTS[variant], kind):
         if document["apiVersion"] == "ray.io/v1":
-            assert kuberay_check.problems_of(document, schemas[document["kind"]]) == []
+            assert kuberay_check.problems_of(document, schema_of(document["kind"])) == []
         else:
             kubernetes_validate.validate(document, "1.31", strict=True)
 
