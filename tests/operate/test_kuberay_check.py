@@ -44,10 +44,10 @@ def test_each_problem_is_a_line_and_the_command_fails(
 
 
 def test_rules_are_asked_with_the_schemas_defaults(tmp_path: Path, crds: str) -> None:
+    """Without minReplicas and maxReplicas a group passes, since the API server fills them."""
     group = {"groupName": "w", "template": {"spec": {"containers": [{"name": "w"}]}}}
-    cluster = {"enableInTreeAutoscaling": False, "workerGroupSpecs": [group]}
-    assert problems(_write(tmp_path, {"spec": {"rayClusterSpec": cluster}}), crds) == []
-    (told,) = problems(_write(tmp_path, {"spec": {"rayClusterSpec": {"rayVersion": "2.51.0"}}}), crds)
+    cluster = {"enableInTreeAutoscaling": False, "workerGroupSpecs": [group], "rayVersion": "2.51.0"}
+    (told,) = problems(_write(tmp_path, {"spec": {"rayClusterSpec": cluster}}), crds)
     assert told == "RayJob trial: cluster: authOptions.mode token needs rayVersion 2.52.0 or later, not 2.51.0"
 
 
