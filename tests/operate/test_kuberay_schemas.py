@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dico_ray.config import ConfigError
 from dico_ray.operate import kuberay_schemas, manifests
@@ -155,6 +158,21 @@ def test_a_release_is_a_url_of_kuberay(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert kuberay_schemas.RELEASE.startswith("https://raw.githubusercontent.com/ray-project/kuberay/{}/")
     monkeypatch.setattr(kuberay_schemas, "RELEASE", f"{web}/{{}}/crds")
     assert load("RayJob", "v1.6.0") == {"type": "object"}
+
+
+def test_schemas_from_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script stands in for a kubectl that reaches a cluster: it answers as that does, if it is asked so."""
+    (tmp_path / "crd.json").write_text(json.dumps(yaml.safe_load(_FILE)))
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\n[ "$*" = "get crd rayjobs.ray.io -o json" ] || {{ echo "NotFound: $*" >&2; exit 1; }}\n'
+        f"exec cat {tmp_path}/crd.json\n"
+    )
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert load("RayJob", "") == {"type": "object"}
+    with pytest.raises(ConfigError, match=r"NotFound: get crd rayclusters.ray.io -o json; reach a cluster"):
+        load("RayCluster", "")
 
 
 def test_schemas_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
