@@ -69,7 +69,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     command = [
-        RAY, "start", "--head", "--block", "--num-cpus=0", f"--port={port}", "--include-dashboard=true",
+        RAY, "start", "--head", "--block", "--num-cpus=1", f"--port={port}", "--include-dashboard=true",
         f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--disable-usage-stats",
         f"--dashboard-agent-listen-port={_free_port()}",
     ]  # fmt: skip
@@ -91,13 +91,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             child.kill()
 
 
-def _start(head: Head, folder: Path, name: str) -> str:
+def _start(head: Head, folder: Path, name: str, *options: str) -> str:
     """Submits the driver as a rendered job does, and waits until it runs; a word of its command line comes back."""
     word = uuid4().hex
     (folder / "driver.py").write_text(DRIVER)
     wait = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     done = head.job(
-        "submit", "--no-wait", "--submission-id", name, "--runtime-env-json", wait, "--",
+        "submit", "--no-wait", "--submission-id", name, "--runtime-env-json", wait, *options, "--",
         "exec", sys.executable, str(folder / "driver.py"), str(folder), word,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,9 +130,10 @@ def test_without_the_token_nobody_submits(head: Head) -> None:
     assert "token" in (told.stdout + told.stderr).lower()
 
 
-def test_a_worker_that_ends_drains_its_own_node(head: Head) -> None:
-    hook = pods.drain_node(300, 300, workers=f"^{uuid4().hex}")
-    done = head.run(*hook)
+def test_a_worker_that_ends_drains_its_own_node(head: Head, tmp_path: Path) -> None:
+    """The node is not idle, as one that trains: an idle one would leave by itself."""
+    _start(head, tmp_path, "third", "--entrypoint-num-cpus", "1")
+    done = head.run(*pods.drain_node(300, 300, workers=f"^{uuid4().hex}"))
     assert done.returncode == 0, done.stdout + done.stderr
     look = (
         "import ray; from ray._private.state import state; "
