@@ -75,18 +75,23 @@ def _from_folder(file: Path) -> str:
 
 
 def with_defaults(value: Any, schema: Schema) -> Any:
-    """`value` as the API server stores it: with the schema's defaults where keys are missing."""
+    """`value` as the API server stores it: with the schema's defaults where keys are missing, or null."""
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         filled = {
-            key: deepcopy(part["default"]) for key, part in properties.items() if "default" in part and key not in value
+            key: deepcopy(part["default"]) for key, part in properties.items() if _takes_default(value, key, part)
         }
         rest = schema.get("additionalProperties")
         other = rest if isinstance(rest, dict) else {}
-        return filled | {key: with_defaults(item, properties.get(key, other)) for key, item in value.items()}
+        given = {key: item for key, item in value.items() if key not in filled}
+        return filled | {key: with_defaults(item, properties.get(key, other)) for key, item in given.items()}
     if isinstance(value, list):
         return [with_defaults(item, schema.get("items", {})) for item in value]
     return value
+
+
+def _takes_default(value: dict[str, Any], key: str, part: Schema) -> bool:
+    return "default" in part and (key not in value or (value[key] is None and not part.get("nullable")))
 
 
 def problems(document: dict[str, Any], schema: Schema) -> list[str]:

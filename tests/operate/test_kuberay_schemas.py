@@ -101,6 +101,11 @@ def test_defaults_come_first(schema: dict[str, Any], rendered: dict[str, Any]) -
     assert "replicas" not in group, "the document itself stays"
 
 
+def test_null_takes_the_default_where_it_cannot_be_null() -> None:
+    schema = {"properties": {"a": {"default": 1}, "b": {"default": 1, "nullable": True}, "c": {"type": "string"}}}
+    assert with_defaults({"a": None, "b": None, "c": None}, schema) == {"a": 1, "b": None, "c": None}
+
+
 SMALL: dict[str, Any] = {
     "type": "object",
     "properties": {
