@@ -70,6 +70,13 @@ _PLAN = (
     Option("--plot", str, "", "PNG, SVG or PDF file for a picture of the scaling forecast"),
     Option("--json", str, "", "file for the figures"),
 )
+_RENDER = (
+    Option("--kind", str, "job", "job (a RayJob of one verb), cluster (a RayCluster that stays), cron (evaluations)"),
+    Option("--verb", str, "train", "the job's verb: encode, train, sample or evaluate"),
+    Option("--output", str, "", "file for the manifests; unset: the terminal"),
+    Option("--check", str, "", "file of manifests to check instead, by KubeRay's schemas and its controller's rules"),
+    Option("--crds", str, "", "KubeRay's schemas: a folder, URL or release (v1.6.0); unset: kubectl's cluster"),
+)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -89,6 +96,8 @@ VERBS: dict[str, Verb] = {
                    ("run", "codec", "sample", "storage"), _EXPORT),
     "plan": Verb("operate.plan", "memory, largest micro-batch, speed, hours, traffic, scaling, before anything starts",
                  ("run", "model", "data", "encode", "train", "hardware"), _PLAN),
+    "render": Verb("operate.render", "Kubernetes manifests of a run (KubeRay), and the check of manifests",
+                   ("run", "data", "train", "evaluate", "resources", "cluster"), _RENDER),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
     "data info": Verb("data.info", "what a set of latent shards is",

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from dico_ray.config.base import ConfigError, Location, LocationOrHubId, Section, UserError
+from dico_ray.config.cluster import Cluster
 from dico_ray.config.data import Codec, Data, Encode
 from dico_ray.config.evaluation import Evaluate
 from dico_ray.config.hardware import Hardware
@@ -18,9 +19,9 @@ from dico_ray.config.sampling import Sample
 from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
-    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode", "Evaluate",
-    "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings",
-    "Train", "UserError", "is_profile_name",
+    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Cluster", "Codec", "Config", "ConfigError", "Data", "Encode",
+    "Evaluate", "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section",
+    "StorageSettings", "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -40,6 +41,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     hardware: Hardware = Field(default_factory=lambda: Hardware.model_validate({}))
+    cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
