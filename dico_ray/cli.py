@@ -32,6 +32,7 @@ class Option(NamedTuple):
     kind: Callable[[str], Any]
     default: Any  # None: it must be given
     doc: str
+    values: int | None = None  # None: one value, else a list of so many
 
 
 class Verb(NamedTuple):
@@ -66,6 +67,7 @@ _EMA = (
     Option("--sigma", float, None, "relative width of the average, in (0, 0.28), with up to three decimals"),
     Option("--step", int, 0, "optimizer step of the average; 0: the last snapshot's"),
 )
+_EVALUATE = (Option("--compare", str, (), "two results (.json): says in what choices and numbers they differ", 2),)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -77,8 +79,8 @@ VERBS: dict[str, Verb] = {
                 ("run", "storage"), _EMA),
     "sample": Verb("sample", "a checkpoint -> images, on a pool of actors",
                    ("run", "codec", "sample", "storage", "resources")),
-    "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
-                     ("run", "evaluate", "storage", "resources")),
+    "evaluate": Verb("evaluate", "images, or a checkpoint -> FID, sFID, IS, precision, recall, on a pool of actors",
+                     ("run", "codec", "sample", "evaluate", "storage", "resources"), _EVALUATE),
     "import": Verb("weights:run_import", "released DiCo weights -> a run's checkpoint, to sample from",
                    ("run", "model", "codec", "storage"), _IMPORT),
     "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",
@@ -129,7 +131,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
         keep: dict[str, Any] = {} if option.default is None else {"default": option.default}
         if option.default is None and option.name.startswith("--"):
             keep["required"] = True
-        parser.add_argument(option.name, type=option.kind, help=text, **keep)
+        parser.add_argument(option.name, type=option.kind, nargs=option.values, help=text, **keep)
     for section in (*sections, *(name for name in SECTION_NAMES if name not in sections)):
         shown = section in sections
         group = parser.add_argument_group(section) if shown else parser
@@ -140,7 +142,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _show(default: Any) -> str:
-    return "unset" if default in (None, "") else str(default)
+    return "unset" if default in (None, "", ()) else str(default)
 
 
 def _metavar(annotation: Any) -> str:

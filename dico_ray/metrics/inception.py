@@ -27,6 +27,7 @@ from dico_ray.storage import Storage
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+PUBLISHED = "Inception-v3 of the FID"
 _SHA256 = "6726825d"  # how the published file's begins
 _SPATIAL_CHANNELS = 7
 _TIMEOUT_S = 30.0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dico_ray.config import ConfigError
 from dico_ray.metrics.classifier import ImageClassifier, load_classifier, uint8_to_signed
 from dico_ray.metrics.features import FeatureNetwork, Features
-from dico_ray.metrics.inception import Inception, find_weights, published, read_weights, weights_hash
+from dico_ray.metrics.inception import PUBLISHED, Inception, find_weights, published, read_weights, weights_hash
 
 
 class ClassifierFeatures(nn.Module):
@@ -43,5 +43,5 @@ def open_network(where: str) -> FeatureNetwork:
     if where.endswith(".safetensors") or (where != "inception" and Path(where).suffix == ""):
         return ClassifierFeatures(open_classifier(where, "evaluate.features"))
     path = find_weights(where)
-    name = "Inception-v3 of the FID" if published(path) else f"Inception-v3 with the weights of {path.name}"
+    name = PUBLISHED if published(path) else f"Inception-v3 with the weights of {path.name}"
     return Inception(read_weights(path), name)

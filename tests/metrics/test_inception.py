@@ -164,7 +164,8 @@ def test_the_whole_way_equals_torch_fidelitys_metrics(weights: Path, tmp_path: P
     one = _write(digits[order[:count]], tmp_path / "one")
     two = _write(255 - digits[order[-count:]] // 2, tmp_path / "two")
     theirs = torch_fidelity.calculate_metrics(
-        input1=one, input2=two, fid=True, isc=True, prc=True, cuda=device == "cuda", cache=False, verbose=False,
+        feature_extractor="inception-v3-compat", input1=one, input2=two, fid=True, isc=True, prc=True,
+        cuda=device == "cuda", cache=False, verbose=False,
         feature_extractor_weights_path=str(weights), isc_splits=5, samples_shuffle=False, prc_neighborhood=3,
     )  # fmt: skip
     network: Any = metrics.open_network(str(weights))
