@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 import xxhash
 
 from dico_ray import __version__, cluster, measure, pool
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.image_sets import ImageSet
 from dico_ray.measure import Judges, Made, Source, Total
-from dico_ray.metrics import Reference, open_classifier, open_network, precision_recall, results
+from dico_ray.metrics import FeatureNetwork, Reference, open_classifier, open_network, precision_recall, results
 from dico_ray.metrics.inception import weights_hash
 from dico_ray.sample import IMAGES, RECORD, output_folder
 from dico_ray.sample import provenance as sample_provenance
@@ -31,6 +32,7 @@ from dico_ray.weights import find_checkpoint
 
 RESULT = "evaluation.json"
 REFERENCES = "reference-statistics"
+_BLANK = 32  # pixels; Inception takes any size
 _PACKAGES = ("torch", "torchvision", "diffusers", "torch_fidelity", "numpy")
 
 
@@ -105,6 +107,7 @@ def prepare(config: Config, images: Source) -> Task:
     network = open_network(settings.features)
     judges = Judges(network, open_classifier(settings.judge, "evaluate.judge") if settings.judge else None)
     known, reference = _open_reference(config, url)
+    _check_features(network, known)
     task = Task(judges, images, known, reference, {})
     for which, source in task.sources().items():
         if source.count < 2:
@@ -131,6 +134,20 @@ def _open_reference(config: Config, url: str) -> tuple[Reference, ImageSet | Non
     if known.pool is not None and (known.features is not None or not _has_images(folder, name)):
         return known, None
     return known, ImageSet.scan(url, "evaluate.reference", size)
+
+
+def _check_features(network: FeatureNetwork, known: Reference) -> None:
+    """Raises ConfigError if given statistics are of other features than the network's, by a look at a blank image."""
+    size = network.image_size or _BLANK
+    with torch.inference_mode():
+        found = network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    pairs = {"mu": (known.pool, found.pool), "mu_s": (known.spatial, found.spatial)}
+    for name, (given, own) in pairs.items():
+        if given is not None and own is not None and given[0].shape != own.shape[1:]:
+            raise ConfigError(
+                f"evaluate.reference: its {name} is of {given[0].size} features, those of {network.name} are "
+                f"{own.shape[1]}; name a reference of that network, or real images"
+            )
 
 
 def _has_images(folder: str, name: str) -> bool:
@@ -161,9 +178,8 @@ def provenance(config: Config, task: Task) -> dict[str, Any]:
         "feature_network": network.name,
         "features": network.hash,
         "judge": weights_hash(classifier) if classifier else None,
-        **settings.model_dump(
-            mode="json", include={"precision", "image_size", "split_size", "neighbours", "reference_features"}
-        ),
+        "feature_precision": settings.precision,
+        **settings.model_dump(include={"image_size", "split_size", "neighbours", "reference_features"}),
         "versions": {"dico_ray": __version__}
         | {name: version(name) for name in _PACKAGES if name != "torch_fidelity" or network.is_inception},
     }
@@ -176,7 +192,7 @@ def _samples(config: Config, images: Source) -> dict[str, Any] | None:
         train = about["config"].get("train", {})
         profile = about.get("posthoc", {}).get("sigma_rel")
         ema = f"power function, sigma_rel {profile}" if profile else f"decay {train.get('ema_decay', 'not told')}"
-        return {**record, "weights_hash": images.checkpoint.hash, "ema": ema if record["weights"] == "ema" else None}
+        return {**record, "ema": ema if record["weights"] == "ema" else None}
     folder = Storage(images.storage.url.rpartition("/")[0])
     return json.loads(folder.read(RECORD)) if folder.exists(RECORD) else None
 
@@ -191,7 +207,7 @@ def _reference_hash(task: Task) -> str:
 
 def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
     """The result, by a pool on the connected Ray. Raises UserError."""
-    identity = {name: task.record[name] for name in ("features", "judge", "precision", "image_size")}
+    identity = {name: task.record[name] for name in ("features", "judge", "feature_precision", "image_size")}
     reference_key = measure.key_of({**identity, "reference": task.record["reference_hash"],
                                     "most": config.evaluate.reference_features})  # fmt: skip
     keys = {

@@ -32,8 +32,11 @@ class Worker:
         if refuse:
             raise ConfigError("codec.vae: not there")
         self._folder = Path(folder)
+        (self._folder / f"here-{os.getpid()}").touch()
 
     def work(self, piece: int) -> tuple[int, int]:
+        while (self._folder / "together").exists() and len(list(self._folder.glob("here-*"))) < 3:
+            time.sleep(0.01)
         deadly = self._folder / f"deadly-{piece}"
         if deadly.exists():
             deadly.unlink()
@@ -52,6 +55,7 @@ def _run(folder: Path, size: int, count: int, **settings: Any) -> list[tuple[int
 
 
 def test_every_piece_is_done_once_by_several_actors(tmp_path: Path) -> None:
+    (tmp_path / "together").touch()  # the first to be up wait for the others
     done = _run(tmp_path, 3, 40)
     assert sorted((piece, result[0]) for piece, result in done) == [(i, i * i) for i in range(40)]
     assert len({result[1] for _, result in done}) == 3
@@ -113,12 +117,8 @@ class FeatureWorker:
         (self._folder / f"holds-{os.getpid()}").touch()
         time.sleep(0.05)
         (self._folder / f"holds-{os.getpid()}").unlink()
-        return _features(*piece)
-
-
-def _features(start: int, stop: int) -> Features:
-    rows = [torch.randn(12, generator=torch.Generator().manual_seed(index)) for index in range(start, stop)]
-    return Features(torch.stack(rows))
+        rows = [torch.randn(12, generator=torch.Generator().manual_seed(index)) for index in range(*piece)]
+        return Features(torch.stack(rows))
 
 
 def _kill_one(folder: Path, pattern: str, done: threading.Event) -> bool:
@@ -158,7 +158,8 @@ def test_actors_that_die_at_random_moments_change_nothing(tmp_path: Path) -> Non
         thread.join()
     assert kills.count(True) == 4
     whole = Statistics()
-    whole.add(0, _features(0, 600))
+    rows = [torch.randn(12, generator=torch.Generator().manual_seed(index)) for index in range(600)]
+    whole.add(0, Features(torch.stack(rows)))
     assert disturbed.count == 600
     assert torch.equal(disturbed.features(), whole.features())
     assert disturbed.pool is not None

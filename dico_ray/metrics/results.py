@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dico_ray.config import ConfigError
 from dico_ray.metrics.features import FeatureNetwork, Statistics
 from dico_ray.metrics.inception import PUBLISHED
 from dico_ray.metrics.reference import Reference
@@ -19,14 +18,9 @@ _NUMBERS = ("frechet_distance", "fid", "sfid", "inception_score", "precision", "
 def distances(network: FeatureNetwork, images: Statistics, reference: Reference, split_size: int) -> dict[str, Any]:
     """FID (arXiv 1706.08500), sFID (2103.03841) and inception score (1606.03498); `missing` says why one is None.
 
-    Raises ConfigError if the reference is of another network.
+    Raises ValueError if the reference is of another network.
     """
     assert images.pool is not None and reference.pool is not None
-    if len(reference.pool[0]) != images.pool.dim:
-        raise ConfigError(
-            f"evaluate.reference: its statistics are of {len(reference.pool[0])} features, {network.name} has "
-            f"{images.pool.dim}; name a reference of that network, or real images"
-        )
     distance = frechet_distance(*images.pool.compute(), *reference.pool)
     found: dict[str, Any] = {"frechet_distance": distance, "fid": None, "sfid": None, "inception_score": None}
     missing: dict[str, str] = {}
