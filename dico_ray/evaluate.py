@@ -33,7 +33,7 @@ from dico_ray.weights import find_checkpoint
 RESULT = "evaluation.json"
 REFERENCES = "reference-statistics"
 _BLANK = 32  # pixels; Inception takes any size
-_PACKAGES = ("torch", "torchvision", "diffusers", "torch_fidelity", "numpy")
+_PACKAGES = ("torch", "torchvision", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,13 @@ def provenance(config: Config, task: Task) -> dict[str, Any]:
         "judge": weights_hash(classifier) if classifier else None,
         "feature_precision": settings.precision,
         **settings.model_dump(include={"image_size", "split_size", "neighbours", "reference_features"}),
-        "versions": {"dico_ray": __version__}
-        | {name: version(name) for name in _PACKAGES if name != "torch_fidelity" or network.is_inception},
+        "versions": {"dico_ray": __version__} | _versions(network),
     }
+
+
+def _versions(network: FeatureNetwork) -> dict[str, str]:
+    own = ("torch_fidelity",) if network.is_inception else ()
+    return {name: version(name) for name in (*_PACKAGES, *own)}
 
 
 def _samples(config: Config, images: Source) -> dict[str, Any] | None:

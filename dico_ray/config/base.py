@@ -27,7 +27,7 @@ def absolute(location: str) -> str:
     return location if not location or "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
-def _absolute_if_local(location: str) -> str:
+def absolute_if_local(location: str) -> str:
     """The same for what may also be a hub id, such as owner/name."""
     return absolute(location) if location.startswith((".", "/", "~")) or os.path.isdir(location) else location
 
@@ -35,7 +35,7 @@ def _absolute_if_local(location: str) -> str:
 Location = Annotated[str, AfterValidator(absolute)]
 
 
-LocationOrHubId = Annotated[str, AfterValidator(_absolute_if_local)]
+LocationOrHubId = Annotated[str, AfterValidator(absolute_if_local)]
 
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -6,10 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dico_ray.config.base import Location, Section, absolute
+from dico_ray.config.base import Location, Section, absolute, absolute_if_local
 
 
 def _network(where: str) -> str:
+    kind, _, which = where.partition(":")
+    if kind == "dinov2":
+        return f"{kind}:{absolute_if_local(which)}" if which else kind
     return where if where == "inception" else absolute(where)
 
 
@@ -21,7 +24,7 @@ class Evaluate(Section):
     reference: Location = ""
     "Real images of the same kinds, or ADM's .npz of statistics (mu, sigma, mu_s, sigma_s) and images (arr_0)."
     features: Annotated[str, AfterValidator(_network)] = "inception"
-    "Feature network: inception (fetched once), its weights by path or URL (.pth), or a classifier's .safetensors."
+    "Network: inception (fetched once), its weights (.pth path or URL), a classifier (.safetensors), or dinov2[:MODEL]."
     judge: Location = ""
     "A second classifier (.safetensors) that tells how often an image is read as its class; unset: no such rate."
     batch_size: int = Field(64, ge=1)

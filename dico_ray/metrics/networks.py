@@ -1,4 +1,4 @@
-"""Feature networks by setting: the Inception of the FID, or a classifier that `save_classifier` wrote."""
+"""Feature networks by setting: the Inception of the FID, DINOv2, or a classifier that `save_classifier` wrote."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dico_ray.config import ConfigError
 from dico_ray.metrics.classifier import ImageClassifier, load_classifier, uint8_to_signed
+from dico_ray.metrics.dinov2 import HUB_ID, PREFIX, Dinov2
 from dico_ray.metrics.features import FeatureNetwork, Features
 from dico_ray.metrics.inception import PUBLISHED, Inception, find_weights, published, read_weights, weights_hash
 
@@ -38,8 +39,13 @@ def open_classifier(path: str, setting: str) -> ImageClassifier:
 def open_network(where: str) -> FeatureNetwork:
     """evaluate.features -> the network, on the CPU: `.safetensors` is a classifier, all else Inception's weights.
 
+    `dinov2` and `dinov2:FOLDER_OR_HUB_ID` are DINOv2.
+
     Raises ConfigError that says what is missing, and where to put it.
     """
+    kind, _, which = where.partition(":")
+    if kind == PREFIX:
+        return Dinov2(which or HUB_ID)
     if where.endswith(".safetensors") or (where != "inception" and Path(where).suffix == ""):
         return ClassifierFeatures(open_classifier(where, "evaluate.features"))
     path = find_weights(where)
