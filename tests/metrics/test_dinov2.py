@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'dico-ray
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=224
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=224, initializer_range=0.3
     )
     folder = tmp_path_factory.mktemp("dinov2") / "small"
     transformers.Dinov2Model(config).save_pretrained(folder)
@@ -39,8 +39,9 @@ def test_features_are_the_class_token_of_images_scaled_as_by_pillow(folder: Path
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     model = transformers.Dinov2Model.from_pretrained(folder)
     wanted = model((pixels - mean[:, None, None]) / std[:, None, None]).pooler_output
-    torch.testing.assert_close(found.pool, wanted, rtol=0, atol=0.02)  # Pillow's filter has 8-bit coefficients
-    assert (found.pool - found.pool.mean(0)).abs().mean() > 0.05
+    spread = (wanted - wanted.mean(0)).norm()
+    assert spread > 0.5
+    assert (found.pool - wanted).norm() < 0.1 * spread  # Pillow rounds between its two passes
 
 
 def test_a_missing_or_torn_model_is_explained(folder: Path, tmp_path: Path) -> None:
