@@ -48,6 +48,13 @@ _BENCH_DATA = (
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
     Option("--json", str, "", "file for the figures"),
 )
+_BENCH_EVALUATE = (
+    Option("--images", int, 1000, "random images"),
+    Option("--size", int, 256, "their height and width"),
+    Option("--random", _boolean, False, "an untrained Inception, as fast as the published one, which is not at hand"),
+    Option("--rival", _boolean, True, "also time torch-fidelity's own pass over the same files"),
+    Option("--json", str, "", "file for the figures"),
+)
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
     Option("target", str, None, "folder or URL to write"),
@@ -99,6 +106,8 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench evaluate": Verb("bench.evaluate", "images/s of an evaluation, beside torch-fidelity's feature pass",
+                           ("evaluate", "resources"), _BENCH_EVALUATE),
 }  # fmt: skip
 
 
@@ -196,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print("usage: dico-ray VERB [--recipe NAME] [--config FILE] [--section.setting VALUE ...]\n")
-        print("\n".join(f"  {name:14}{verb.summary}" for name, verb in VERBS.items()))
+        print("\n".join(f"  {name:16}{verb.summary}" for name, verb in VERBS.items()))
         print("\n`dico-ray VERB --help` explains the verb's settings.")
         return 0 if words else 2
     length = 2 if " ".join(words[:2]) in VERBS else 1

@@ -233,8 +233,8 @@ def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
         stored = Reference.of(total.statistics, total.right, total.seen)
         cache.write(f"{reference_key}.npz", stored.to_bytes())
     result = _result(config, task, totals["images"], _joined(task.known, stored))
-    for storage in parts.values():
-        storage.remove("")
+    for which in parts:
+        Storage(config.run.folder).at(measure.PARTS).remove(keys[which])
     return result
 
 

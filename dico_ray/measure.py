@@ -123,7 +123,7 @@ class EvaluateActor:
         which, start, stop = piece
         source = self._sources[which]
         batches = self._generated(source, start, stop) if isinstance(source, Made) else self._read(source, start, stop)
-        found = [self._judge(which, pixels, labels) for pixels, labels in batches]
+        found = [self.judge(which, pixels, labels) for pixels, labels in batches]
         part = Part(
             Features.join([one.features for one in found]),
             torch.cat([one.labels for one in found]),
@@ -149,8 +149,9 @@ class EvaluateActor:
     def _cuts(self, count: int) -> list[pool.Range]:
         return pool.ranges(count, self._config.evaluate.batch_size)
 
-    def _judge(self, which: str, pixels: np.ndarray, labels: torch.Tensor) -> Part:
-        """uint8 pixels (B, H, W, 3), labels (B,)."""
+    @torch.inference_mode()
+    def judge(self, which: str, pixels: np.ndarray, labels: torch.Tensor) -> Part:
+        """What is found of uint8 pixels (B, H, W, 3) with labels (B,). Raises ConfigError for another size."""
         images = torch.from_numpy(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         self._check_size(which, images, self._network.image_size, "feature network")
         tf32 = self._config.evaluate.precision == "tf32"
