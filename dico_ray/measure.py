@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from dico_ray import cluster, pool
-from dico_ray.config import Config, ConfigError
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.image_sets import UNKNOWN, ImageSet
 from dico_ray.metrics import FeatureNetwork, Features, ImageClassifier, Statistics, uint8_to_signed
 from dico_ray.progress import Progress
@@ -91,7 +91,16 @@ class Total:
         self.seen = np.zeros(classes, np.int64)
 
     def add(self, start: int, part: Part) -> None:
-        """Takes in the images from `start` on. Raises ValueError if one of them is in already."""
+        """Takes in the images from `start` on.
+
+        Raises UserError for features that are not finite, ValueError if an image is in already.
+        """
+        if not part.features.pool.isfinite().all():
+            first = start + int((~part.features.pool.isfinite()).any(dim=1).nonzero()[0])
+            raise UserError(
+                f"the features of image {first} are not finite: look at it (a sampler that diverged gives such), "
+                "then at codec.precision and sample.precision"
+            )
         self.statistics.add(start, part.features)
         if part.read is not None:
             known = part.labels != UNKNOWN

@@ -77,7 +77,7 @@ def untrained(seed: int = 0) -> dict[str, Tensor]:
             module.running_var = torch.rand(module.num_features, generator=generator) + 0.5
             module.bias.data = torch.randn(module.num_features, generator=generator) * 0.1
         if isinstance(module, nn.Linear):
-            module.weight.data /= 10  # logits of some units, as a trained network's
+            module.weight.data *= 10  # pooled features hardly differ, and the logits should
             module.bias.data = torch.randn(module.out_features, generator=generator)
     return network.state_dict()
 

@@ -162,7 +162,7 @@ def test_the_whole_way_equals_torch_fidelitys_metrics(weights: Path, tmp_path: P
     digits, _ = load_digits()
     order = np.random.default_rng(0).permutation(len(digits))
     one = _write(digits[order[:count]], tmp_path / "one")
-    two = _write(255 - digits[order[-count:]] // 2, tmp_path / "two")
+    two = _write(digits[order[-count:]] // 10 * 9, tmp_path / "two")
     theirs = torch_fidelity.calculate_metrics(
         feature_extractor="inception-v3-compat", input1=one, input2=two, fid=True, isc=True, prc=True,
         cuda=device == "cuda", cache=False, verbose=False,
@@ -180,6 +180,7 @@ def test_the_whole_way_equals_torch_fidelitys_metrics(weights: Path, tmp_path: P
     precision, recall = metrics.precision_recall(real.features(), made.features(), 3)
     print(theirs, distance, score, precision, recall)
     # Its root of a product that is not symmetric is the less exact one, where images are fewer than features.
-    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert distance == pytest.approx(theirs["frechet_inception_distance"], abs=1e-3)
     assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert min(precision, recall, distance, score - 1) > 0.001
     assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=2 / count)
