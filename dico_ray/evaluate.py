@@ -18,7 +18,7 @@ import ray
 import torch
 import xxhash
 
-from dico_ray import __version__, cluster, measure, pool
+from dico_ray import __version__, cluster, measure
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.image_sets import ImageSet
 from dico_ray.measure import Judges, Made, Source, Total
@@ -286,7 +286,7 @@ def _precision_recall(
         return None, None, f"{min(len(made), len(reference.features))} images are too few for {k} neighbours"
     if not cluster.uses_gpu(config.resources):
         return *precision_recall(reference.features, made, k, "cpu"), None
-    task: Any = ray.remote(precision_recall).options(**pool.options(config.resources, gpu=True))
+    task: Any = ray.remote(precision_recall).options(**cluster.actor_options(config.resources, gpu=True))
     return *ray.get(task.remote(reference.features, made, k, "cuda")), None
 
 

@@ -159,9 +159,9 @@ class EvaluateActor:
         return pool.ranges(count, self._config.evaluate.batch_size)
 
     @torch.inference_mode()
-    def judge(self, which: str, pixels: np.ndarray, labels: torch.Tensor) -> Part:
+    def judge(self, which: str, pixels: np.ndarray | torch.Tensor, labels: torch.Tensor) -> Part:
         """What is found of uint8 pixels (B, H, W, 3) with labels (B,). Raises ConfigError for another size."""
-        images = torch.from_numpy(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        images = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         self._check_size(which, images, self._network.image_size, "feature network")
         tf32 = self._config.evaluate.precision == "tf32"
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
@@ -225,9 +225,9 @@ def measure(
     if not work:
         return totals
     gpu = cluster.uses_gpu(config.resources)
-    pool.require(config.resources, gpu)
+    cluster.require_pool(config.resources, gpu)
     networks, images = ray.put(judges), ray.put(sources)
-    actor = ray.remote(EvaluateActor).options(**pool.options(config.resources, gpu))
+    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu))
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
     with Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress:

@@ -15,8 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from dico_ray import cluster
-from dico_ray.config import Resources, UserError
+from dico_ray.config import UserError
 
 _MOST_DEATHS_ON_A_PIECE = 5
 _MOST_DEATHS_IN_A_ROW = 4  # plus the pool's size: a lost node takes several at once
@@ -42,19 +41,6 @@ def remaining(count: int, done: Iterable[Range], size: int) -> list[Range]:
         left += [(low, min(low + size, start)) for low in range(at, start, size)]
         at = max(at, stop)
     return left
-
-
-def options(resources: Resources, gpu: bool) -> dict[str, float]:
-    """What Ray reserves for each actor of a pool."""
-    return {"num_cpus": resources.actor_cpus, "num_gpus": resources.actor_gpus if gpu else 0}
-
-
-def require(resources: Resources, gpu: bool) -> None:
-    """Raises ConfigError if the whole cluster could never hold the pool."""
-    one, actors = options(resources, gpu), resources.actors
-    cluster.require(
-        actors * one["num_cpus"], actors * one["num_gpus"], f"a pool of {actors} actors", "resources.actors"
-    )
 
 
 def run(
