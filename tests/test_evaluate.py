@@ -58,7 +58,7 @@ def _config(folder: Path, **sections: Any) -> Config:
         "model": {"hidden_size": 8, "depths": [1] * 5},
         "sample": {"count": 20, "steps": 2, "batch_size": 5, "guidance_scale": 1.0},
         "evaluate": {"reference": str(folder / "real"), "batch_size": 16, "range_size": 20},
-        "resources": {"actors": 2},
+        "resources": {"actors": 1},
     }
     for name, section in sections.items():
         settings[name] = {**settings.get(name, {}), **section}
@@ -178,7 +178,7 @@ def test_killed_actors_and_a_restart_change_nothing(folder: Path, tmp_path: Path
     urls = {"images": str(folder / "others"), "reference": str(folder / "real")}
     fine = {**{"reference": urls["reference"], "batch_size": 4}, "range_size": 4}
     whole = _total(_config(folder, run={"storage": str(tmp_path / "whole")}, evaluate=fine), urls)
-    disturbed = _config(folder, run={"storage": str(tmp_path / "disturbed")}, evaluate=fine)
+    disturbed = _config(folder, run={"storage": str(tmp_path / "disturbed")}, evaluate=fine, resources={"actors": 2})
     done, killed = threading.Event(), []
 
     def killer() -> None:
