@@ -212,26 +212,26 @@ def _reference_hash(task: Task) -> str:
 def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
     """The result, by a pool on the connected Ray. Raises UserError."""
     identity = {name: task.record[name] for name in ("features", "judge", "feature_precision", "image_size")}
-    reference_key = measure.key_of({**identity, "reference": task.record["reference_hash"],
-                                    "most": config.evaluate.reference_features})  # fmt: skip
-    keys = {
-        "images": measure.key_of({**identity, **{n: task.record[n] for n in ("image_hash", "samples", "count")}}),
-        "reference": reference_key,
+    sources, most = task.sources(), config.evaluate.reference_features
+    own: dict[str, dict[str, Any]] = {
+        "images": {name: task.record[name] for name in ("image_hash", "samples", "count")},
+        "reference": {"hash": task.record["reference_hash"], "most": most},
     }
-    sources = task.sources()
+    labels = {which: one.labels if isinstance(one, ImageSet) else () for which, one in sources.items()}
+    keys = {which: measure.key_of({**identity, **own[which], "labels": labels[which]}) for which in sources}
     cache = Storage(config.evaluate.cache or f"{config.run.storage.rstrip('/')}/{REFERENCES}")
-    stored = _stored(cache, f"{reference_key}.npz") if task.reference else None
+    stored = _stored(cache, f"{keys['reference']}.npz") if task.reference else None
     if stored:
         del sources["reference"]
     parts = {which: Storage(config.run.folder).at(measure.PARTS, keys[which]) for which in sources}
     every = dict.fromkeys(sources, 1)
     if "reference" in sources:
-        every["reference"] = -(-sources["reference"].count // config.evaluate.reference_features)
+        every["reference"] = -(-sources["reference"].count // most)
     totals = measure.measure(config, task.judges, sources, parts, every, show)
     if "reference" in totals:
         total = totals["reference"]
         stored = Reference.of(total.statistics, total.right, total.seen)
-        cache.write(f"{reference_key}.npz", stored.to_bytes())
+        cache.write(f"{keys['reference']}.npz", stored.to_bytes())
     result = _result(config, task, totals["images"], _joined(task.known, stored))
     for which in parts:
         Storage(config.run.folder).at(measure.PARTS).remove(keys[which])
