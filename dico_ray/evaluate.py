@@ -58,7 +58,7 @@ def main(config: Config, *, verbose: bool = False, compare: Sequence[str] = ()) 
     if compare:
         _compare(*compare)
         return
-    task = prepare(config, _images(config))
+    task = prepare(config, *_images(config))
     target, name = result_file(config)
     if target.exists(name) and json.loads(target.read(name)).get("provenance") == task.record:
         print(f"evaluate: {target.path(name)} has this result: nothing to do")
@@ -75,20 +75,23 @@ def score_checkpoint(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     Nothing is written but finished ranges (in the run's folder, until all are done) and the reference's statistics.
     Raises UserError if it cannot be done; whoever interrupts it leaves no actor behind.
     """
-    return score(config, prepare(config, Made(config, checkpoint)), show=False)
+    return score(config, prepare(config, Made(config, checkpoint), checkpoint), show=False)
 
 
-def _images(config: Config) -> Source:
-    """evaluate.images, else the run's samples where they are of this checkpoint and these settings, else its own."""
+def _images(config: Config) -> tuple[Source, Checkpoint | None]:
+    """evaluate.images, else the run's samples where they are of this checkpoint and these settings, else its own.
+
+    And the checkpoint that they are of, where it is known.
+    """
     if config.evaluate.images:
-        return ImageSet.scan(config.evaluate.images, "evaluate.images", config.evaluate.image_size)
+        return ImageSet.scan(config.evaluate.images, "evaluate.images", config.evaluate.image_size), None
     _required(config.evaluate.reference)
     checkpoint, output = find_checkpoint(config), output_folder(config)
     record = json.loads(output.read(RECORD)) if output.exists(RECORD) else None
     folder = output.at(IMAGES)
     if record == sample_provenance(config, checkpoint) and folder.names(".png"):
-        return ImageSet.scan(folder.url, "evaluate.images", config.evaluate.image_size)
-    return Made(config, checkpoint)
+        return ImageSet.scan(folder.url, "evaluate.images", config.evaluate.image_size), checkpoint
+    return Made(config, checkpoint), checkpoint
 
 
 def _required(reference: str) -> str:
@@ -97,7 +100,7 @@ def _required(reference: str) -> str:
     return reference
 
 
-def prepare(config: Config, images: Source) -> Task:
+def prepare(config: Config, images: Source, checkpoint: Checkpoint | None) -> Task:
     """Opens and checks all that an evaluation needs; reads every stored image once, for its hash. Starts nothing.
 
     Raises ConfigError for what is missing or does not fit.
@@ -117,7 +120,7 @@ def prepare(config: Config, images: Source) -> Task:
             f"evaluate.images has the classes {', '.join(images.classes)}; evaluate.reference has "
             f"{', '.join(reference.classes)}; name a reference of the same classes"
         )
-    return replace(task, record=provenance(config, task))
+    return replace(task, record=provenance(config, task, checkpoint))
 
 
 def _open_reference(config: Config, url: str) -> tuple[Reference, ImageSet | None]:
@@ -163,7 +166,7 @@ def result_file(config: Config) -> tuple[Storage, str]:
     return Storage(folder), name
 
 
-def provenance(config: Config, task: Task) -> dict[str, Any]:
+def provenance(config: Config, task: Task, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Every choice that moves the numbers. Images are named by their content, or by all that generates them."""
     settings, network = config.evaluate, task.judges.network
     classifier = task.judges.classifier
@@ -172,7 +175,7 @@ def provenance(config: Config, task: Task) -> dict[str, Any]:
         "images": None if isinstance(images, Made) else settings.images or output_folder(config).at(IMAGES).url,
         "image_hash": None if isinstance(images, Made) else images.content_hash(),
         "count": images.count,
-        "samples": _samples(config, images),
+        "samples": _samples(config, images, checkpoint),
         "reference": settings.reference,
         "reference_hash": _reference_hash(task),
         "feature_network": network.name,
@@ -189,16 +192,16 @@ def _versions(network: FeatureNetwork) -> dict[str, str]:
     return {name: version(name) for name in (*_PACKAGES, *own)}
 
 
-def _samples(config: Config, images: Source) -> dict[str, Any] | None:
-    """How images were generated, where that is known, and of which average their weights are."""
-    if isinstance(images, Made):
-        record, about = sample_provenance(images.config, images.checkpoint), images.checkpoint.about
-        train = about["config"].get("train", {})
-        profile = about.get("posthoc", {}).get("sigma_rel")
-        ema = f"power function, sigma_rel {profile}" if profile else f"decay {train.get('ema_decay', 'not told')}"
-        return {**record, "ema": ema if record["weights"] == "ema" else None}
-    folder = Storage(images.storage.url.rpartition("/")[0])
-    return json.loads(folder.read(RECORD)) if folder.exists(RECORD) else None
+def _samples(config: Config, images: Source, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """How images were generated, and of which average their weights are, where that is known."""
+    if checkpoint is None:
+        assert isinstance(images, ImageSet)
+        folder = Storage(images.storage.url.rpartition("/")[0])
+        return json.loads(folder.read(RECORD)) if folder.exists(RECORD) else None
+    record, about = sample_provenance(config, checkpoint), checkpoint.about
+    profile, decay = about.get("posthoc", {}).get("sigma_rel"), about["config"].get("train", {}).get("ema_decay")
+    ema = f"power function, sigma_rel {profile}" if profile else f"decay {decay or 'not told'}"
+    return {**record, "ema": ema if record["weights"] == "ema" else None}
 
 
 def _reference_hash(task: Task) -> str:

@@ -148,6 +148,7 @@ def test_a_checkpoint_is_judged_where_it_draws(folder: Path) -> None:
     evaluate.main(config)  # finds the run's samples
     by_files = json.loads((folder / "runs" / "digits" / "evaluation.json").read_text())
     assert by_files["provenance"]["images"].endswith("samples/images")
+    assert by_files["provenance"]["samples"] == samples
     assert by_files["images"] == direct["images"] == 20
     assert by_files["frechet_distance"] == pytest.approx(direct["frechet_distance"], rel=1e-6)
     assert by_files["judge"]["images"] == direct["judge"]["images"]
