@@ -199,8 +199,9 @@ def _samples(config: Config, images: Source, checkpoint: Checkpoint | None) -> d
         folder = Storage(images.storage.url.rpartition("/")[0])
         return json.loads(folder.read(RECORD)) if folder.exists(RECORD) else None
     record, about = sample_provenance(config, checkpoint), checkpoint.about
-    profile, decay = about.get("posthoc", {}).get("sigma_rel"), about["config"].get("train", {}).get("ema_decay")
-    ema = f"power function, sigma_rel {profile}" if profile else f"decay {decay or 'not told'}"
+    profile = about.get("posthoc", {}).get("sigma_rel")
+    decay = "not told: imported" if "imported" in about else about["config"]["train"]["ema_decay"]
+    ema = f"power function, sigma_rel {profile}" if profile else f"decay {decay}"
     return {**record, "ema": ema if record["weights"] == "ema" else None}
 
 
