@@ -32,6 +32,7 @@ class Option(NamedTuple):
     kind: Callable[[str], Any]
     default: Any  # None: it must be given
     doc: str
+    values: int | None = None  # None: one value, else a list of so many
 
 
 class Verb(NamedTuple):
@@ -45,6 +46,13 @@ _BENCH_DATA = (
     Option("--samples", int, 65536, "synthetic samples"),
     Option("--folder", str, "", "folder or URL for the synthetic shards, kept and used again; unset: a temporary one"),
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_EVALUATE = (
+    Option("--images", int, 1000, "random images"),
+    Option("--size", int, 256, "their height and width"),
+    Option("--random", _boolean, False, "an untrained Inception, as fast as the published one, which is not at hand"),
+    Option("--rival", _boolean, True, "also time torch-fidelity's own pass over the same files"),
     Option("--json", str, "", "file for the figures"),
 )
 _CONVERT = (
@@ -77,6 +85,7 @@ _RENDER = (
     Option("--check", str, "", "file of manifests to check instead, by KubeRay's schemas and its controller's rules"),
     Option("--crds", str, "", "KubeRay's schemas: a folder, URL or release (v1.6.0); unset: kubectl's cluster"),
 )
+_EVALUATE = (Option("--compare", str, (), "two results (.json): says in what choices and numbers they differ", 2),)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -88,8 +97,8 @@ VERBS: dict[str, Verb] = {
                 ("run", "storage"), _EMA),
     "sample": Verb("sample", "a checkpoint -> images, on a pool of actors",
                    ("run", "codec", "sample", "storage", "resources")),
-    "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
-                     ("run", "evaluate", "storage", "resources")),
+    "evaluate": Verb("evaluate", "images, or a checkpoint -> FID, sFID, IS, precision, recall, on a pool of actors",
+                     ("run", "codec", "sample", "evaluate", "storage", "resources"), _EVALUATE),
     "import": Verb("weights:run_import", "released DiCo weights -> a run's checkpoint, to sample from",
                    ("run", "model", "codec", "storage"), _IMPORT),
     "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",
@@ -110,6 +119,8 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench evaluate": Verb("bench.evaluate", "images/s of an evaluation, beside torch-fidelity's feature pass",
+                           ("evaluate", "resources"), _BENCH_EVALUATE),
 }  # fmt: skip
 
 
@@ -142,7 +153,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
         keep: dict[str, Any] = {} if option.default is None else {"default": option.default}
         if option.default is None and option.name.startswith("--"):
             keep["required"] = True
-        parser.add_argument(option.name, type=option.kind, help=text, **keep)
+        parser.add_argument(option.name, type=option.kind, nargs=option.values, help=text, **keep)
     for section in (*sections, *(name for name in SECTION_NAMES if name not in sections)):
         shown = section in sections
         group = parser.add_argument_group(section) if shown else parser
@@ -153,7 +164,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _show(default: Any) -> str:
-    return "unset" if default in (None, "") else str(default)
+    return "unset" if default in (None, "", ()) else str(default)
 
 
 def _metavar(annotation: Any) -> str:
@@ -207,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print("usage: dico-ray VERB [--recipe NAME] [--config FILE] [--section.setting VALUE ...]\n")
-        print("\n".join(f"  {name:14}{verb.summary}" for name, verb in VERBS.items()))
+        print("\n".join(f"  {name:16}{verb.summary}" for name, verb in VERBS.items()))
         print("\n`dico-ray VERB --help` explains the verb's settings.")
         return 0 if words else 2
     length = 2 if " ".join(words[:2]) in VERBS else 1
