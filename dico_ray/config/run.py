@@ -54,5 +54,7 @@ class Resources(Section):
     "Size of the pool that encodes, samples or evaluates."
     actor_cpus: float = Field(1.0, gt=0)
     "CPUs that Ray reserves for each actor of the pool."
+    actor_gpus: float = Field(1.0, gt=0, le=1)
+    "GPUs, or the share of one, that Ray reserves for each actor of the pool where networks run on GPUs."
     threads: int | None = Field(None, ge=1)
     "Arithmetic threads of a CPU worker or actor. Unset: as many as its CPUs."
