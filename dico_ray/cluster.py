@@ -102,6 +102,17 @@ def room_for(
             )
 
 
+def actor_options(resources: Resources, gpu: bool) -> dict[str, float]:
+    """What Ray reserves for one actor of a pool."""
+    return {"num_cpus": resources.actor_cpus, "num_gpus": resources.actor_gpus if gpu else 0}
+
+
+def require_pool(resources: Resources, gpu: bool) -> None:
+    """Raises ConfigError if the whole cluster could never hold the pool."""
+    actors, each = resources.actors, actor_options(resources, gpu)
+    require(actors * each["num_cpus"], actors * each["num_gpus"], f"a pool of {actors} actors", "resources.actors")
+
+
 def require(cpus: float, gpus: float, what: str, setting: str) -> None:
     """Raises ConfigError if the whole cluster could never hold `what`, instead of waiting for ever."""
     total = ray.cluster_resources()

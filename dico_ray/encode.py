@@ -63,10 +63,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     done = _finished(target, began)
     cluster.connect(verbose)
     gpu = cluster.uses_gpu(config.resources)
-    actors = config.resources.actors
-    cluster.require(
-        actors * config.resources.actor_cpus, actors if gpu else 0, f"a pool of {actors} actors", "resources.actors"
-    )
+    cluster.require_pool(config.resources, gpu)
     left = [plan for plan in plans if plan.name not in done]
     _run(config, images, left, gpu, began)
     records = _finished(target, began)
@@ -108,7 +105,7 @@ def _fingerprint(config: Config, source: ImageSource) -> str:
     """Of everything that the shards' bytes follow from, but for the images' own."""
     settings = {
         "encode": config.encode.model_dump(exclude={"batch_size", "max_skipped"}),
-        "codec": config.codec.model_dump(),
+        "codec": config.codec.model_dump(exclude={"compile"}),
     }
     facts = [settings, config.run.seed, [(p.file, p.start, p.stop, p.labels) for p in source.pieces]]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
@@ -142,7 +139,7 @@ def _run(config: Config, source: ImageSource, plans: list[ShardPlan], gpu: bool,
         batch_size=1,
         concurrency=min(config.resources.actors, len(plans)),
         num_cpus=config.resources.actor_cpus,
-        num_gpus=1 if gpu else 0,
+        num_gpus=config.resources.actor_gpus if gpu else 0,
     )
     with Progress("encode", source.count, "images", done) as progress:
         for row in pool.iter_rows():
@@ -176,7 +173,8 @@ class ShardEncoder:
         self._source, self._target = Storage(config.encode.images), Storage(config.data.latents)
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
-        self._vae = Autoencoder(config.codec.vae, config.codec.precision, torch.device("cuda" if gpu else "cpu"))
+        device = torch.device("cuda" if gpu else "cpu")
+        self._vae = Autoencoder(config.codec.vae, config.codec.precision, device, gpu and config.codec.compile)
         self._codec = {**self._vae.describe(), "fingerprint": fingerprint}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:

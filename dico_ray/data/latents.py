@@ -43,8 +43,11 @@ class Autoencoder:
     The scale is the autoencoder's own `scaling_factor` (0.18215 for Stable Diffusion's).
     """
 
-    def __init__(self, path: str, precision: str, device: torch.device) -> None:
-        """path: a folder or a hub id. Raises ConfigError if nothing loads from it, or a local folder is absent."""
+    def __init__(self, path: str, precision: str, device: torch.device, compiled: bool = False) -> None:
+        """path: a folder or a hub id. compiled: by torch.compile, at the first use of each batch size.
+
+        Raises ConfigError if nothing loads from the path, or a local folder is absent.
+        """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
@@ -64,7 +67,12 @@ class Autoencoder:
                 f"codec.vae: the weights in {path} lack {len(loaded['missing_keys'])} tensors, among them "
                 f"{sorted(loaded['missing_keys'])[0]}; copy the file again"
             )
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        # cuDNN's fast convolutions take channels last; with NCHW weights it would turn each layer's input around.
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self._vae = vae.to(device, memory_format=layout).eval().requires_grad_(False)
+        if compiled:
+            self._vae.encoder.compile(dynamic=False)
+            self._vae.decoder.compile(dynamic=False)
         self._device, self._dtype = device, _DTYPES[precision]
         self.scale = float(vae.config["scaling_factor"])
         self.channels = int(vae.config["latent_channels"])
