@@ -25,6 +25,10 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.strip("[]()").split(","))
+
+
 class Option(NamedTuple):
     """An argument of one verb alone, handed to its door by name: a flag (--name VALUE), or what stands alone."""
 
@@ -45,6 +49,13 @@ _BENCH_DATA = (
     Option("--samples", int, 65536, "synthetic samples"),
     Option("--folder", str, "", "folder or URL for the synthetic shards, kept and used again; unset: a temporary one"),
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_SAMPLE = (
+    Option("--images", int, 64, "images that each measurement generates on an actor"),
+    Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
+    Option("--actors", _whole_numbers, (1,), "sizes of the pools to compare, as [1,2,4]"),
+    Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
 )
 _CONVERT = (
@@ -97,6 +108,8 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
+                         ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
 }  # fmt: skip
 
 

@@ -174,9 +174,9 @@ class SampleActor:
         self.images: ImageSet = image_set(
             config.sample.format, output_folder(config), self._classes, config.sample.count
         )
-        self.sampler = self._make_sampler()
+        self.sampler = self._make_sampler(config.sample.method)
 
-    def _make_sampler(self) -> Sampler | Solver:
+    def _make_sampler(self, method: str) -> Sampler | Solver:
         sample = self._config.sample
         guidance = Guidance(
             sample.guidance_scale,
@@ -184,7 +184,7 @@ class SampleActor:
             channels=3 if sample.guidance_channels == "3" else None,
             interval=sample.guidance_interval,
         )
-        return make_sampler(Diffusion(), sample.steps, sample.method, guidance)
+        return make_sampler(Diffusion(), sample.steps, method, guidance)
 
     def work(self, piece: Range) -> int:
         """Makes and stores images [start, stop); threads compress and store a batch while the next is generated."""
