@@ -186,3 +186,29 @@ def test_the_same_command_makes_what_is_missing(
     assert ("4 images are there" in capsys.readouterr().out) == (format != "npz")
     sample.main(config)
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("settings", "tolerance"), [({}, 1.0), ({"precision": "bf16"}, 8.0)])
+def test_a_gpu_makes_the_cpus_images(make: Make, settings: dict[str, Any], tolerance: float) -> None:
+    """Mean difference in grey levels; the weights are random, so that images are rough."""
+    config = make(steps=10, **settings)
+    on_gpu, labels = sample.SampleActor(config, find_checkpoint(config), gpu=True).generate(0, 12)
+    expected, same = actor(make(steps=10)).generate(0, 12)
+    assert np.array_equal(labels, same)
+    assert np.abs(on_gpu.astype(int) - expected).mean() < tolerance
+
+
+@pytest.mark.gpu
+def test_compiled_networks_make_the_same_images_in_ragged_pieces(make: Make, tmp_path: Path) -> None:
+    config = make(compile=True, batch_size=8, decode_batch=5, count=11, piece=11, output=str(tmp_path))
+    config = config.model_copy(update={"codec": config.codec.model_copy(update={"compile": True})})
+    compiled = sample.SampleActor(config, find_checkpoint(config), gpu=True)
+    images, _ = compiled.generate(0, 11)
+    again, _ = compiled.generate(6, 11)
+    plain, _ = sample.SampleActor(make(), find_checkpoint(config), gpu=True).generate(0, 11)
+    assert np.abs(images[6:].astype(int) - again).max() <= 1
+    assert np.abs(images.astype(int) - plain).mean() < 1
+    assert compiled.work((0, 11)) == 11
+    stored = image_set("png", Storage(str(tmp_path)), find_checkpoint(config).about["classes"], 11).read(range(11))
+    assert all(np.array_equal(stored[i], images[i]) for i in range(11))

@@ -91,8 +91,9 @@ def _random_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     kind: Any = AutoencoderKL
+    levels = len(_VAE_WIDTHS)
     vae = kind(
-        down_block_types=("DownEncoderBlock2D",) * len(_VAE_WIDTHS), up_block_types=("UpDecoderBlock2D",) * len(_VAE_WIDTHS),
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=_VAE_WIDTHS, layers_per_block=2, latent_channels=config.model.in_channels,
         sample_size=8 * config.model.latent_size, scaling_factor=0.18215,
     )  # fmt: skip

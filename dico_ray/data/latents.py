@@ -70,6 +70,7 @@ class Autoencoder:
         # cuDNN's fast convolutions take channels last; with NCHW weights it would turn each layer's input around.
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         self._vae = vae.to(device, memory_format=layout).eval().requires_grad_(False)
+        self._compiled, self._largest = compiled, 0
         if compiled:
             self._vae.encoder.compile(dynamic=False)
             self._vae.decoder.compile(dynamic=False)
@@ -78,6 +79,13 @@ class Autoencoder:
         self.channels = int(vae.config["latent_channels"])
         self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.path = path
+
+    def _whole(self, batch: Tensor) -> Tensor:
+        """A batch as the network takes it: a compiled one is made for each size, so it gets the largest size yet."""
+        if not self._compiled:
+            return batch
+        self._largest = max(self._largest, len(batch))
+        return torch.cat([batch, batch[-1:].expand(self._largest - len(batch), *batch.shape[1:])])
 
     @property
     def network(self) -> Any:
@@ -100,11 +108,11 @@ class Autoencoder:
         """
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
         images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
-        posterior = self._vae.encode(images).latent_dist
+        posterior = self._vae.encode(self._whole(images)).latent_dist
         log_variance = posterior.logvar.float() + 2 * math.log(self.scale)
-        return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)
+        return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)[: len(pixels)]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are."""
-        return decode(self._vae, latents)
+        return decode(self._vae, self._whole(latents))[: len(latents)]
