@@ -58,6 +58,12 @@ _BENCH_SAMPLE = (
     Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
 )
+_BENCH_ENCODE = (
+    Option("--images", int, 256, "images that each row encodes"),
+    Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
+    Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
+    Option("--json", str, "", "file for the figures"),
+)
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
     Option("target", str, None, "folder or URL to write"),
@@ -108,6 +114,8 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench encode": Verb("bench.encoding", "images/s of the autoencoder by precision, layout and compilation",
+                         ("model", "codec", "encode", "storage", "resources"), _BENCH_ENCODE),
     "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
                          ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
 }  # fmt: skip

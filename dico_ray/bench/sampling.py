@@ -58,7 +58,7 @@ def main(
             f"--weights {weights} --images {images} --actors {list(actors)}: weights must be random or run, and "
             "numbers 1 or more"
         )
-    with _folder(folder) as place:
+    with bench_folder(folder) as place:
         run, checkpoint = (_random_run if weights == "random" else _own_run)(config, place)
         run = _with(run, sample={"output": f"{place}/images", "count": images * max(actors), "format": "png"})
         cluster.connect(verbose)
@@ -70,7 +70,8 @@ def main(
 
 
 @contextmanager
-def _folder(folder: str) -> Iterator[str]:
+def bench_folder(folder: str) -> Iterator[str]:
+    """The folder, or a temporary one if it is unset."""
     if folder:
         yield folder
         return
@@ -86,8 +87,8 @@ def _own_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
     return config, find_checkpoint(config)
 
 
-def _random_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
-    """A run of one checkpoint with initial weights, and an autoencoder with random ones."""
+def random_autoencoder(config: Config, folder: Storage) -> str:
+    """Writes an autoencoder of Stable Diffusion's sizes with random weights; returns its place."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     kind: Any = AutoencoderKL
@@ -97,11 +98,17 @@ def _random_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
         block_out_channels=_VAE_WIDTHS, layers_per_block=2, latent_channels=config.model.in_channels,
         sample_size=8 * config.model.latent_size, scaling_factor=0.18215,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:  # save_pretrained knows no object stores
-        vae.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            Storage(f"{place}/vae").write(file.name, file.read_bytes())
-    run = _with(config, run={"storage": place, "name": "random"}, codec={"vae": f"{place}/vae"})
+    with tempfile.TemporaryDirectory() as here:  # save_pretrained knows no object stores
+        vae.save_pretrained(here)
+        for file in Path(here).iterdir():
+            folder.write(file.name, file.read_bytes())
+    return folder.url
+
+
+def _random_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
+    """A run of one checkpoint with initial weights, and an autoencoder with random ones."""
+    vae = random_autoencoder(config, Storage(f"{place}/vae"))
+    run = _with(config, run={"storage": place, "name": "random"}, codec={"vae": vae})
     network = DiCo(**weight_files.arguments(run.model))
     about = {
         "config": run.model_dump(mode="json"), "codec": {"vae": run.codec.vae, "hash": ""},
