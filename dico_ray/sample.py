@@ -20,7 +20,7 @@ from torch import Tensor
 from dico_ray import __version__, cluster, pool
 from dico_ray.config import Config, ConfigError
 from dico_ray.config.sampling import Sample
-from dico_ray.data.image_sets import IMAGES, ImageSet, Range, gaps, image_set, to_png
+from dico_ray.data.generated import IMAGES, ImageSet, Range, gaps, image_set, to_png
 from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion import Diffusion, Guidance, Sampler, Solver, make_sampler
 from dico_ray.diffusion.noise import Stream, integers, normal

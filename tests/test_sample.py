@@ -14,7 +14,7 @@ from PIL import Image
 
 from dico_ray import sample
 from dico_ray.config import Config, ConfigError
-from dico_ray.data.image_sets import NPZ, image_set
+from dico_ray.data.generated import NPZ, image_set
 from dico_ray.models import DiCo
 from dico_ray.recipes import resolve
 from dico_ray.storage import Storage

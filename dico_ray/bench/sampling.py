@@ -27,7 +27,7 @@ import torch
 from dico_ray import cluster, pool, weight_files
 from dico_ray.arithmetic import parameter_count
 from dico_ray.config import Config, ConfigError
-from dico_ray.data.image_sets import to_png
+from dico_ray.data.generated import to_png
 from dico_ray.data.latents import Autoencoder
 from dico_ray.models import DiCo
 from dico_ray.sample import SampleActor

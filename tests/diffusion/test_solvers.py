@@ -167,8 +167,9 @@ def test_log_snr_timesteps_are_different_and_reach_both_ends(steps: int) -> None
     assert chosen[0] == (0 if steps > 1 else 999)
 
 
-@pytest.mark.parametrize("method", SOLVERS)
-@pytest.mark.parametrize("steps", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("method", "steps"), [*((method, steps) for method in SOLVERS for steps in (1, 2)), ("dpm++3m", 1000)]
+)
 def test_extreme_numbers_of_steps_are_finite(method: str, steps: int) -> None:
     x_0 = make_sampler(DIFFUSION, steps, method).sample(network, torch.ones(1, 4, 4, 4))
     assert x_0.isfinite().all()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset import WebDataset
 
-from dico_ray.data.image_sets import NPZ, ImageSet, Range, gaps, image_set
+from dico_ray.data.generated import NPZ, ImageSet, Range, gaps, image_set
 from dico_ray.storage import Storage
 
 CLASSES = ("cat", "dog", "owl")
