@@ -177,13 +177,12 @@ class SampleActor:
         self.sampler = self._make_sampler(config.sample.method)
 
     def _make_sampler(self, method: str) -> Sampler | Solver:
-        sample = self._config.sample
-        guidance = Guidance(
-            sample.guidance_scale,
-            self._about.num_classes,
-            channels=3 if sample.guidance_channels == "3" else None,
-            interval=sample.guidance_interval,
-        )
+        sample, guidance = self._config.sample, None
+        if sample.guidance_scale != 1:
+            channels = 3 if sample.guidance_channels == "3" else None
+            guidance = Guidance(
+                sample.guidance_scale, self._about.num_classes, channels=channels, interval=sample.guidance_interval
+            )
         return make_sampler(Diffusion(), sample.steps, method, guidance)
 
     def work(self, piece: Range) -> int:
