@@ -167,8 +167,8 @@ class SampleActor:
             check_codec(checkpoint, self.vae)
         self._about = model_of(checkpoint)
         self.network = load_network(checkpoint, config).to(self.device)
-        self._compiled = gpu and (config.sample.compile or config.codec.compile)
-        if gpu and config.sample.compile:
+        self._compiled = gpu and config.sample.compile
+        if self._compiled:
             compile_blocks(self.network)
         self._classes: list[str] = checkpoint.about["classes"]
         self.images: ImageSet = image_set(
