@@ -54,6 +54,7 @@ _BENCH_DATA = (
 _BENCH_SAMPLE = (
     Option("--images", int, 64, "images that each measurement generates on an actor"),
     Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
+    Option("--vae", str, "random", "beside random weights: random (of Stable Diffusion's sizes), or codec (codec.vae)"),
     Option("--actors", _whole_numbers, (1,), "sizes of the pools to compare, as [1,2,4]"),
     Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),

@@ -40,26 +40,29 @@ _RELEASED_BATCH = 32
 _VAE_WIDTHS = (128, 256, 512, 512)  # of Stable Diffusion's autoencoder
 _FID_IMAGES = 50_000
 _LEAST_SECONDS = 1.0
-_CHOICES = ("random", "run")
 
 
 def main(
-    config: Config, *, verbose: bool, images: int, weights: str, actors: Sequence[int], folder: str, json: str
+    config: Config, *, verbose: bool, images: int, weights: str, vae: str, actors: Sequence[int], folder: str, json: str
 ) -> None:
     """Prints the table. Settings are those of `dico-ray sample`.
 
-    images: how many each measurement generates on an actor. weights: "random" (a network of model.* and an
-    autoencoder of Stable Diffusion's sizes: speed does not depend on values), or "run" (the run's checkpoint and
-    codec.vae). actors: sizes of pools to compare. folder: for what is written; unset: a temporary one. json: a file.
-    Raises ConfigError for impossible ones.
+    images: how many each measurement generates on an actor. weights: "random" (a network of model.*: speed does not
+    depend on values), or "run" (the run's checkpoint and codec.vae). vae, beside random weights: "random" (of Stable
+    Diffusion's sizes), or "codec" (codec.vae). actors: sizes of pools to compare. folder: for what is written; unset: a
+    temporary one. json: a file. Raises ConfigError for impossible ones.
     """
-    if weights not in _CHOICES or images < 1 or not actors or min(actors) < 1:
+    if weights not in ("random", "run") or vae not in ("random", "codec") or min(images, *actors, len(actors)) < 1:
         raise ConfigError(
-            f"--weights {weights} --images {images} --actors {list(actors)}: weights must be random or run, and "
-            "numbers 1 or more"
+            f"--weights {weights} --vae {vae} --images {images} --actors {list(actors)}: weights must be random or "
+            "run, vae random or codec, and numbers 1 or more"
         )
     with bench_folder(folder) as place:
-        run, checkpoint = (_random_run if weights == "random" else _own_run)(config, place)
+        if weights == "run":
+            run, checkpoint = config, find_checkpoint(config)
+        else:
+            path = config.codec.vae if vae == "codec" else random_autoencoder(config, Storage(f"{place}/vae"))
+            run, checkpoint = _random_run(config, place, path)
         run = _with(run, sample={"output": f"{place}/images", "count": images * max(actors), "format": "png"})
         cluster.connect(verbose)
         figures = measure(run, checkpoint, images, actors)
@@ -83,10 +86,6 @@ def _with(config: Config, **sections: dict[str, Any]) -> Config:
     return build(merge(config.model_dump(), sections))
 
 
-def _own_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
-    return config, find_checkpoint(config)
-
-
 def random_autoencoder(config: Config, folder: Storage) -> str:
     """Writes an autoencoder of Stable Diffusion's sizes with random weights; returns its place."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -105,9 +104,8 @@ def random_autoencoder(config: Config, folder: Storage) -> str:
     return folder.url
 
 
-def _random_run(config: Config, place: str) -> tuple[Config, Checkpoint]:
-    """A run of one checkpoint with initial weights, and an autoencoder with random ones."""
-    vae = random_autoencoder(config, Storage(f"{place}/vae"))
+def _random_run(config: Config, place: str, vae: str) -> tuple[Config, Checkpoint]:
+    """A run of one checkpoint with initial weights."""
     run = _with(config, run={"storage": place, "name": "random"}, codec={"vae": vae})
     network = DiCo(**weight_files.arguments(run.model))
     about = {

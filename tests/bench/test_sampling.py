@@ -21,13 +21,20 @@ def config(folder: Path, **sample: object) -> Config:
 
 
 def test_impossible_benches_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"weights": "mine"}, {"images": 0}, {"actors": ()}, {"actors": (2, 0)}):
-        arguments = {"images": 4, "weights": "random", "actors": (1,), **wrong}
+    for wrong in ({"weights": "mine"}, {"vae": "mine"}, {"images": 0}, {"actors": ()}, {"actors": (2, 0)}):
+        arguments = {"images": 4, "weights": "random", "vae": "random", "actors": (1,), **wrong}
         with pytest.raises(ConfigError, match="weights must be random or run"):
             sampling.main(config(tmp_path), verbose=False, folder=str(tmp_path), json="", **arguments)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="no committed checkpoint"):
         sampling.main(
-            config(tmp_path), verbose=False, images=4, weights="run", actors=(1,), folder=str(tmp_path), json=""
+            config(tmp_path),
+            verbose=False,
+            images=4,
+            weights="run",
+            vae="random",
+            actors=(1,),
+            folder=str(tmp_path),
+            json="",
         )
 
 
@@ -39,8 +46,8 @@ def test_the_bench_compares_both_ways(
     monkeypatch.setattr(sampling, "_VAE_WIDTHS", (32, 32, 32, 32))
     file = tmp_path / "figures.json"
     sampling.main(
-        config(tmp_path), verbose=False, images=6, weights="random", actors=(1, 2), folder=str(tmp_path / "made"),
-        json=str(file),
+        config(tmp_path), verbose=False, images=6, weights="random", vae="random", actors=(1, 2),
+        folder=str(tmp_path / "made"), json=str(file),
     )  # fmt: skip
     figures = json.loads(file.read_text())
     ours, released = figures["ours"]["images_per_s"], figures["released"]["images_per_s"]
