@@ -37,6 +37,7 @@ from dico_ray.stores import (
     library_errors,
     list_files,
     open_store,
+    put_file,
     read_into,
 )
 
@@ -195,7 +196,7 @@ class Storage:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
         else:
             if not self.is_local:
-                self._retry(name, lambda fs: fs.put_file(path, self.path(name)))
+                self._retry(name, lambda fs: put_file(fs, path, self.path(name)))
         finally:
             Path(path).unlink(missing_ok=True)
 
