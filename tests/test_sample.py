@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dico_ray import sample
+from dico_ray import cluster, sample
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.generated import NPZ, image_set
 from dico_ray.models import DiCo
 from dico_ray.recipes import resolve
+from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import write_whole
 from dico_ray.weights import CHECKPOINTS, find_checkpoint
@@ -212,3 +213,11 @@ def test_compiled_networks_make_the_same_images_in_ragged_pieces(make: Make, tmp
     assert compiled.work((0, 11)) == 11
     stored = image_set("png", Storage(str(tmp_path)), find_checkpoint(config).about["classes"], 11).read(range(11))
     assert all(np.array_equal(stored[i], images[i]) for i in range(11))
+
+
+def test_actors_may_share_a_gpu() -> None:
+    resources = build({"resources": {"actor_gpus": 0.25, "actor_cpus": 2}}).resources
+    assert cluster.actor_options(resources, gpu=True) == {"num_cpus": 2, "num_gpus": 0.25}
+    assert cluster.actor_options(resources, gpu=False) == {"num_cpus": 2, "num_gpus": 0}
+    with pytest.raises(ConfigError, match=r"resources\.actor_gpus"):
+        build({"resources": {"actor_gpus": 1.5}})
