@@ -25,6 +25,10 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.strip("[]()").split(","))
+
+
 class Option(NamedTuple):
     """An argument of one verb alone, handed to its door by name: a flag (--name VALUE), or what stands alone."""
 
@@ -53,6 +57,20 @@ _BENCH_EVALUATE = (
     Option("--size", int, 256, "their height and width"),
     Option("--random", _boolean, False, "an untrained Inception, as fast as the published one, which is not at hand"),
     Option("--rival", _boolean, True, "also time torch-fidelity's own pass over the same files"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_SAMPLE = (
+    Option("--images", int, 64, "images that each measurement generates on an actor"),
+    Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
+    Option("--vae", str, "random", "beside random weights: random (of Stable Diffusion's sizes), or codec (codec.vae)"),
+    Option("--actors", _whole_numbers, (1,), "sizes of the pools to compare, as [1,2,4]"),
+    Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_ENCODE = (
+    Option("--images", int, 256, "images that each row encodes"),
+    Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
+    Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
 )
 _CONVERT = (
@@ -121,6 +139,10 @@ VERBS: dict[str, Verb] = {
                        ("model", "data", "storage"), _BENCH_DATA),
     "bench evaluate": Verb("bench.evaluate", "images/s of an evaluation, beside torch-fidelity's feature pass",
                            ("evaluate", "resources"), _BENCH_EVALUATE),
+    "bench encode": Verb("bench.encoding", "images/s of the autoencoder by precision, layout and compilation",
+                         ("model", "codec", "encode", "storage", "resources"), _BENCH_ENCODE),
+    "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
+                         ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dico_ray import __version__, weight_files
 from dico_ray.config import Config, ConfigError, Model
 from dico_ray.data.latents import Autoencoder
+from dico_ray.diffusion.sampler import METHODS
 from dico_ray.models import DiCo
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import COMMIT, Checkpoint, folder_name, write_whole
@@ -127,6 +128,11 @@ def run_export(config: Config, *, verbose: bool = False, to: str, format: str, d
     if not to or (suffixes and not to.endswith(suffixes)):
         wanted = f"a file ending in {' or '.join(suffixes)}" if suffixes else "a folder"
         raise ConfigError(f"--to {to or '(unset)'}: --format {format} writes {wanted}; name one")
+    if format == "diffusers" and config.sample.method not in METHODS:
+        raise ConfigError(
+            f"sample.method: {config.sample.method}; a pipeline is exported with {' or '.join(METHODS)}, and takes "
+            "diffusers' own schedulers by from_config"
+        )
     checkpoint = find_checkpoint(config)
     tensors = {name: tensor.to(_DTYPES[dtype]) for name, tensor in load_tensors(checkpoint, config).items()}
     if format == "diffusers":
@@ -185,7 +191,7 @@ def _pipeline(config: Config, checkpoint: Checkpoint, tensors: dict[str, Tensor]
         check_codec(checkpoint, autoencoder)
         vae, vae_id = autoencoder.network, ""
         vae.register_to_config(_name_or_path="")  # a path of this machine
-    scheduler = DiCoScheduler(method=config.sample.method)
+    scheduler = DiCoScheduler(method=config.sample.method)  # pyright: ignore[reportArgumentType]
     return DiCoPipeline(network.eval(), scheduler, vae, vae_id, checkpoint.about["classes"])
 
 

@@ -16,6 +16,8 @@ class Codec(Section):
     "A diffusers AutoencoderKL: a local folder or a hub id."
     precision: Literal["fp32", "bf16"] = "fp32"
     "Arithmetic of encoding and decoding."
+    compile: bool = False
+    "Compile the autoencoder (GPUs only): a minute or so to start, for thousands of images."
 
 
 class Data(Section):
