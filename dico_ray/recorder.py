@@ -38,7 +38,7 @@ class Goodput:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._spans: list[tuple[int, float]] = []  # (last step, seconds) of each logged stretch
-        self._redone = self._stalled = self._waited = 0.0
+        self._redone = self._stalled = self._waited = self._validated = 0.0
         self._step = 0
 
     def begin(self, start: int) -> None:
@@ -53,12 +53,14 @@ class Goodput:
         stalled, waited = metrics["checkpoint_stall_s"], metrics["data_wait"] * seconds
         self._stalled += stalled
         self._waited += waited
+        self._validated += metrics.get("validation_s", 0.0)
         self._spans.append((self._step, seconds - stalled - waited))
         wall, useful = time.monotonic() - self._began, sum(s for _, s in self._spans)
-        known = useful + self._redone + self._stalled + self._waited
+        known = useful + self._redone + self._stalled + self._waited + self._validated
         return {
             "goodput": useful / wall, "lost_starting_s": max(0.0, wall - known), "lost_redone_s": self._redone,
             "lost_stalled_s": self._stalled, "lost_waiting_s": self._waited,
+            **({"lost_validating_s": self._validated} if self._validated else {}),
         }  # fmt: skip
 
 

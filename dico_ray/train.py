@@ -51,6 +51,8 @@ def main(config: Config, *, verbose: bool = False) -> None:
     run = Storage(config.run.folder)
     manifest = Manifest.load(Storage(config.data.latents))
     check_fits(config, manifest)
+    if config.train.validate_every:
+        check_held_out(config, manifest)
     last = check_resumes(config, manifest)
     if last and last.step >= config.train.steps:
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
@@ -84,6 +86,23 @@ def check_fits(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"train.flip: true, but {where} hold no mirrored images' latents; set train.flip false")
     if len(manifest.classes) > model.num_classes:
         raise ConfigError(f"model.num_classes: {model.num_classes}, but {where} have {len(manifest.classes)}")
+
+
+def check_held_out(config: Config, manifest: Manifest) -> None:
+    """Raises ConfigError if data.validation is missing, or not of the kind that the run trains on."""
+    held_out = Manifest.load(Storage(config.data.validation), "data.validation")
+    facts = {
+        "latents (channels, height, width)": lambda m: (m.latent_channels, *m.latent_size),
+        "classes": lambda m: ", ".join(m.classes),
+        "autoencoder's hash": lambda m: m.codec.get("hash"),
+    }
+    for what, fact in facts.items():
+        theirs, ours = fact(held_out), fact(manifest)
+        if theirs != ours:
+            raise ConfigError(
+                f"data.validation: the {what} of {config.data.validation}: {theirs}, but of data.latents: {ours}; "
+                "encode both alike"
+            )
 
 
 def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:

@@ -38,6 +38,7 @@ def run(task: dict[str, Any]) -> None:
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
+    from dico_ray.training.validation import Validation
 
     config = build(task["config"])
     device = get_device()
@@ -58,10 +59,14 @@ def run(task: dict[str, Any]) -> None:
         checkpoints.restore(begun, engine, ema)
         start = begun.step
         took("checkpoint read")
+    validate = None
+    if config.train.validate_every:
+        validate = Validation(config, engine, ema)
+        took("held-out latents")
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
     with WorkerReport(config, task, engine, ema, start, took) as report:
-        train_loop(config, engine, ema, batches, report, task["passed_over"])
+        train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
 
 
 class _Stopwatch:

@@ -60,6 +60,8 @@ def test_what_was_done_twice_is_no_goodput(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["lost_starting_s"] == pytest.approx(10)
     goodput.begin(5)  # steps 6 to 10 are lost; the logged stretch ends beyond
     now[0] = 40.0
-    found = goodput.add(metrics(10, step_s=1.0, data_wait=0.0))
+    found = goodput.add(metrics(10, step_s=1.0, data_wait=0.0, validation_s=2.0))
     assert found["lost_redone_s"] == pytest.approx(17)
+    assert found["lost_validating_s"] == 2.0
+    assert found["lost_starting_s"] == pytest.approx(40 - 17 - 5 - 2 - 1 - 2)  # redone, useful, waited, stalled, this
     assert found["goodput"] == pytest.approx(5 / 40)

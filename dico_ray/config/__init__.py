@@ -59,6 +59,10 @@ class Config(Section):
             )
         if train.offload and train.zero_stage == 0:
             raise ValueError("train.offload: true needs a sharded optimizer; take train.zero_stage 1, 2 or 3")
+        if train.validate_every and not self.data.validation:
+            raise ValueError(
+                f"train.validate_every: {train.validate_every} needs held-out latents; set data.validation"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self
