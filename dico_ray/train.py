@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -20,13 +20,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dico_ray import cluster, ingest, recorder, worker
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.shards import Manifest, ShardError
+from dico_ray.evaluator import Evaluator
 from dico_ray.progress import Progress
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
 from dico_ray.training import attempts, posthoc
 from dico_ray.training.attempts import Attempt, FencedError
 from dico_ray.training.checkpoint import Checkpoint, DamagedError
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.loop import DivergedError
+from dico_ray.training.validation import check_held_out
 from dico_ray.worker import CHECKPOINTS
 
 CONFIG, PASSED_OVER = "config.yaml", "passed_over.json"
@@ -68,8 +71,12 @@ def main(config: Config, *, verbose: bool = False) -> None:
     )
     ingest.check_memory(config, manifest)
     keeper = recorder.start(config)
-    with _stopping(keeper), _display(config, keeper, last.step if last else 0):
-        end = _Launch(config, manifest, keeper, gpu).run()
+    due = Evaluations.of(config)
+    evaluator = Evaluator(config, due, keeper) if due else None
+    with _stopping(keeper), _display(config, keeper, last.step if last else 0), evaluator or nullcontext():
+        end = _Launch(config, manifest, keeper, gpu, evaluator).run()
+        if evaluator:
+            evaluator.finish()
     ray.get(keeper.close.remote())
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
 
@@ -86,23 +93,6 @@ def check_fits(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"train.flip: true, but {where} hold no mirrored images' latents; set train.flip false")
     if len(manifest.classes) > model.num_classes:
         raise ConfigError(f"model.num_classes: {model.num_classes}, but {where} have {len(manifest.classes)}")
-
-
-def check_held_out(config: Config, manifest: Manifest) -> None:
-    """Raises ConfigError if data.validation is missing, or not of the kind that the run trains on."""
-    held_out = Manifest.load(Storage(config.data.validation), "data.validation")
-    facts = {
-        "latents (channels, height, width)": lambda m: (m.latent_channels, *m.latent_size),
-        "classes": lambda m: ", ".join(m.classes),
-        "autoencoder's hash": lambda m: m.codec.get("hash"),
-    }
-    for what, fact in facts.items():
-        theirs, ours = fact(held_out), fact(manifest)
-        if theirs != ours:
-            raise ConfigError(
-                f"data.validation: the {what} of {config.data.validation}: {theirs}, but of data.latents: {ours}; "
-                "encode both alike"
-            )
 
 
 def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
@@ -150,6 +140,7 @@ class _Launch:
     manifest: Manifest
     keeper: Any
     gpu: bool
+    evaluator: Evaluator | None = None
 
     def __post_init__(self) -> None:
         self._run = Storage(self.config.run.folder)
@@ -202,6 +193,8 @@ class _Launch:
         """One group of workers, from start to end."""
         train, step = self.config.train, last.step if last else 0
         also = {"CPU": ingest.READ_TASK_CPUS}
+        if self.evaluator and self._mine:
+            self.evaluator.make_room(self._mine.name)
         size = cluster.room_for(train.world_sizes, self._bundle, also, train.start_timeout_s, "train.num_workers")
         config = build(merge(self.config.model_dump(), {"train": {"num_workers": size, **self._micro(size)}}))
         dataset = ingest.training_dataset(config, self.manifest, step)

@@ -21,6 +21,7 @@ from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.attempts import Attempt
 from dico_ray.training.checkpoint import Checkpoint, Retention
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.watchdog import Watchdog
 from dico_ray.training.writer import CheckpointWriter
 
@@ -112,10 +113,10 @@ class WorkerReport:
         train, storage = config.train, self._run.at(CHECKPOINTS)
         common = (train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        rule = Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
         self._writer = CheckpointWriter(
-            storage, attempt, engine, partial(checkpoints.state, engine, ema), rule, *common, thread
-        )
+            storage, attempt, engine, partial(checkpoints.state, engine, ema), Retention.of(train), *common, thread,
+            evaluations=Evaluations.of(config),
+        )  # fmt: skip
         self._averages: CheckpointWriter | None = None
         if train.ema_snapshot_every:
             folder = self._run.at(checkpoints.AVERAGES)

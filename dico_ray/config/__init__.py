@@ -63,6 +63,12 @@ class Config(Section):
             raise ValueError(
                 f"train.validate_every: {train.validate_every} needs held-out latents; set data.validation"
             )
+        every = self.evaluate.every
+        if every and every % train.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
+                "and only checkpoints are evaluated; change one of them"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

@@ -67,7 +67,7 @@ class Train(Section):
     keep_best: int = Field(0, ge=0)
     "So many checkpoints with the smallest train.best_metric stay."
     best_metric: str = "loss"
-    "Logged metric by which checkpoints are compared."
+    "Metric by which checkpoints are compared: a logged one, such as val_loss, or an evaluation's, such as fid."
     max_failed_saves: int = Field(3, ge=0)
     "Checkpoints in a row that may fail to be written before the run stops (each is tried for storage.retry_s)."
     max_skipped_steps: int = Field(5, ge=1)

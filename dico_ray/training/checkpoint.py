@@ -25,11 +25,12 @@ import xxhash
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from dico_ray.config import ConfigError, UserError
+from dico_ray.config import ConfigError, Train, UserError
 from dico_ray.storage import Storage
 from dico_ray.training import attempts
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.snapshot import Named, split_key
 
 FORMAT = "dico-ray-checkpoint/1"
@@ -278,6 +279,11 @@ class Retention:
     best: int = 0
     metric: str = "loss"
 
+    @classmethod
+    def of(cls, train: Train) -> Retention:
+        """As the settings say."""
+        return cls(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
+
     def keeps(self, committed: Sequence[Found], scores: dict[str, float]) -> set[str]:
         """Names of those that stay. scores: the metric by name, smaller is better."""
         kept = {f.name for f in committed[-self.last :]}
@@ -285,8 +291,11 @@ class Retention:
         return kept | set(sorted(scores, key=scores.__getitem__)[: self.best])
 
 
-def retain(storage: Storage, rule: Retention) -> list[str]:
-    """Removes what the rule does not keep, and older torn or void ones; says what was torn or void."""
+def retain(storage: Storage, rule: Retention, evaluations: Evaluations | None = None) -> list[str]:
+    """Removes what the rule does not keep, and older torn or void ones; says what was torn or void.
+
+    evaluations: theirs are metrics too, and a checkpoint that waits for one stays.
+    """
     known, found = attempts.read(storage), find(storage)
     good = [f for f in found if f.committed and not attempts.is_void(f.attempt, f.step, known)]
     if not good:
@@ -295,7 +304,10 @@ def retain(storage: Storage, rule: Retention) -> list[str]:
     for f in good if rule.best else ():
         value = Checkpoint.open(storage.at(f.name)).about.get("metrics", {}).get(rule.metric)
         scores |= {f.name: value} if value is not None else {}
-    kept = rule.keeps(good, scores)
+    if evaluations and rule.best:
+        found_by = evaluations.scores(rule.metric)
+        scores |= {f.name: found_by[f.name] for f in good if f.name in found_by}
+    kept = rule.keeps(good, scores) | set(evaluations.due() if evaluations else ())
     lost = []
     for f in found:
         newer = f > good[-1] and f.attempt >= good[-1].attempt  # it may still be under way

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dico_ray.config import Config
+from dico_ray.config import Config, ConfigError
 from dico_ray.data.latents import draw_posterior
 from dico_ray.data.order import SampleOrder
 from dico_ray.data.reader import read_chunks
@@ -24,6 +24,23 @@ from dico_ray.training.engine import Engine
 
 SEED = 0
 _TERMS = ("loss", "mse", "vb")
+
+
+def check_held_out(config: Config, manifest: Manifest) -> None:
+    """Raises ConfigError if data.validation is missing, or not of the kind that the run trains on."""
+    held_out = Manifest.load(Storage(config.data.validation), "data.validation")
+    facts = {
+        "latents (channels, height, width)": lambda m: (m.latent_channels, *m.latent_size),
+        "classes": lambda m: ", ".join(m.classes),
+        "autoencoder's hash": lambda m: m.codec.get("hash"),
+    }
+    for what, fact in facts.items():
+        theirs, ours = fact(held_out), fact(manifest)
+        if theirs != ours:
+            raise ConfigError(
+                f"data.validation: the {what} of {config.data.validation}: {theirs}, but of data.latents: {ours}; "
+                "encode both alike"
+            )
 
 
 def held_out_keys(count: int, wanted: int) -> np.ndarray:

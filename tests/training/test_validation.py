@@ -19,9 +19,8 @@ from dico_ray.diffusion.noise import Stream, integers, normal
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.settings import build
 from dico_ray.storage import Storage
-from dico_ray.train import check_held_out
 from dico_ray.training.checkpoint import Checkpoint
-from dico_ray.training.validation import held_out_keys
+from dico_ray.training.validation import check_held_out, held_out_keys
 from tests.conftest import write_latents
 from tests.training import oracle
 
