@@ -256,17 +256,19 @@ class Engine:
 
     @contextmanager
     def averaged(self, averages: Sequence[Tensor]) -> Iterator[None]:
-        """While the body runs, the network computes with other weights, without gradients; training is not touched.
+        """While the body runs, the network computes with other weights; training is not touched.
 
         averages: fp32, in the order of the owned fragments. They and the master weights change places meanwhile,
-        which takes no memory. Every rank calls it.
+        which takes no memory. Every rank calls it, and takes no gradients in the body.
         """
         for call in self.before_step:  # a checkpoint may still be copying the weights
             call()
         self._exchange(averages)
-        self._deepspeed.eval()
+        # At stage 3 DeepSpeed expects a backward pass unless told otherwise. Elsewhere the mode stays that of training:
+        # in another one, compiled blocks would be compiled a second time.
+        self._deepspeed.train(self._stage < 3)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self._stage < 3):
                 yield
         finally:
             self._deepspeed.train()

@@ -77,7 +77,7 @@ class Validation:
             for start in range(0, self._rows, size):
                 real = max(0, min(size, self._count - start))
                 terms = self._losses(slice(start, start + size))
-                sums[:-1] += torch.stack([terms[name][:real].double().sum() for name in _TERMS])
+                sums[:-1] += torch.stack([terms[name][:real].detach().double().sum() for name in _TERMS])
         *means, count = self._engine.mean(sums)
         samples = round(count * self._engine.world_size)
         return {**{f"val_{name}": mean / count for name, mean in zip(_TERMS, means, strict=True)},
