@@ -54,8 +54,8 @@ def _directly(checkpoint: Checkpoint, held_out: Path) -> float:
 
 # (ZeRO stage, offload, precision) on so many workers
 _CASES = {
-    1: [(1, False, "fp32"), (2, True, "fp32"), (3, False, "bf16")],
-    2: [(0, False, "fp32"), (0, False, "bf16"), (1, False, "bf16"), (2, True, "fp32"), (3, False, "fp32")],
+    1: [(1, False, "fp32"), (3, False, "bf16")],
+    2: [(0, False, "fp32"), (1, False, "bf16"), (2, True, "fp32"), (3, False, "fp32")],
 }
 
 
