@@ -66,7 +66,7 @@ def render(config: Config, run: Storage, metrics: list[dict[str, Any]]) -> str:
         "grid": base64.b64encode(samples.read(GRID)).decode() if made else None,
         "grid_text": _grid_text(made) if made else "",
         "evaluation": evaluation, "distance": _headline(evaluation) if evaluation else None, "judge": judged,
-        "by_class": list(judged["by_class"].items()) if judged else [],
+        "by_class": list(((judged or {}).get("by_class") or {}).items()),
         "grids": _grids(run.at(evaluations.FOLDER)), "events": _events(run),
         "facts": _facts(made, evaluation), "settings": trained.to_yaml(),
         **(_training(trained, metrics) if metrics else {}), **_scores(read_evaluated(run)),
@@ -181,6 +181,7 @@ def _facts(made: dict[str, Any] | None, evaluation: dict[str, Any] | None) -> li
     if evaluation:
         record = evaluation["provenance"]
         facts += [("feature network", f"{evaluation['features']} (hash {record['features']})")]
-        facts += [("reference", f"{record['reference']} ({evaluation['reference_images']} images)")]
+        real = evaluation["reference_images"] or "an unknown number of"
+        facts += [("reference", f"{record['reference']} ({real} images)")]
         facts += [("versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items()))]
     return facts

@@ -73,9 +73,9 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
         for name, value in result.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in _COUNTS
     }
-    judge = result.get("judge")
+    rate = (result.get("judge") or {}).get("images")
     return {
         **numbers,
-        **({"judge_rate": judge["images"]} if isinstance(judge, dict) else {}),
+        **({"judge_rate": rate} if rate is not None else {}),
         **({EVALUATED: result["images"]} if "images" in result else {}),
     }

@@ -249,6 +249,20 @@ def test_an_evaluation_without_a_judge(config: Config) -> None:
     assert "as their class" not in page.text
 
 
+def test_an_evaluation_that_could_not_tell_all(config: Config) -> None:
+    """As with statistics for a reference: no rate of real images, nor how many there were."""
+    write_evaluation(config)
+    run = Storage(config.run.folder)
+    result = json.loads(run.read(RESULT))
+    result |= {"fid": 11.25, "label": "FID-1K", "comparable_with_published_fid": True, "reference_images": None}
+    result["judge"] |= {"images": 0.5, "reference": None, "by_class": None}
+    run.write(RESULT, json.dumps(result).encode())
+    _, page = made(config)
+    assert "11.25 FID-1K 1001 samples 50.0% samples read as their class 301" in page.text
+    assert "an unknown number of images" in page.text
+    assert "not comparable" not in page.text
+
+
 def test_samples_in_a_folder_of_their_own(tmp_path: Path) -> None:
     config = config_of(tmp_path, sample={"output": str(tmp_path / "elsewhere")})
     write_run(config)
