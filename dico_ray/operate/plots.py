@@ -11,12 +11,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from dico_ray.config import ARCHITECTURES, Model
 from dico_ray.training.telemetry import EVALUATED
 
 _PALE, _LINE, _OTHER, _THIRD = "#b8c7da", "#1f4e86", "#b3541e", "#4b7f52"
 _PUBLISHED_LATENTS = 32  # the published curves are of 256-pixel images
+_MOST_OF_LAST = 2  # the loss axis ends at so many times the last loss: the first steps' are beyond
+_STEPS = EngFormatter(sep="")  # 400k
 _WIDTH_INCHES, _LOG_RANGE = 8.0, 20  # steps are drawn on a logarithmic axis where they span more than so many times
 
 _PANELS: tuple[tuple[str, str], ...] = (
@@ -46,22 +49,24 @@ def published(model: Model) -> list[tuple[int, float]]:
 def loss_plot(metrics: list[dict[str, Any]], model: Model) -> str:
     """Loss by step, the published one beside it, and the loss on held-out latents where it was taken.
 
-    The line is a running mean over a tenth of the points. metrics: at least one line.
+    The line is a mean over the last tenth of the steps so far. metrics: at least one line.
     """
     steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-    width = max(1, len(losses) // 10)
+    smooth = _running_mean(losses)
     figure, axes = _figure(3.4)
     axes.plot(steps, losses, color=_PALE, linewidth=1, label="as logged")
-    axes.plot(steps, _running_mean(losses, width), color=_LINE, linewidth=1.8, label=f"mean of {width}")
+    axes.plot(steps, smooth, color=_LINE, linewidth=1.8, label="mean of the last tenth")
     reference = [(step, loss) for step, loss in published(model) if step <= 1.5 * steps[-1]]
     if reference:
         axes.plot(*zip(*reference, strict=True), color=_OTHER, linewidth=1.4, label=f"published, {model.name}")
     held_out = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=_THIRD, marker=".", linewidth=1.4, label="EMA, held out")
-    axes.set(xlabel="step", ylabel="loss (MSE + VB)", xscale=_scale(steps))
+    logarithmic = steps[-1] > _LOG_RANGE * steps[0]
+    axes.set(xlabel="step", ylabel="loss (MSE + VB)", xscale="log" if logarithmic else "linear")
+    axes.xaxis.set_major_formatter(_STEPS)
     shown = [*losses, *(loss for _, loss in (*reference, *held_out))]
-    axes.set_ylim(min(shown) * 0.9, sorted(shown)[-max(1, len(shown) // 20)] * 1.1)
+    axes.set_ylim(min(shown) * 0.95, min(max(shown) * 1.05, _MOST_OF_LAST * smooth[-1]))
     axes.legend(frameon=False)
     return _svg(figure, "loss")
 
@@ -76,6 +81,7 @@ def scores_plot(evaluated: list[dict[str, Any]], metric: str, name: str) -> str:
         line = [(e["step"], e[metric]) for e in evaluated if e[EVALUATED] == count]
         axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.5, label=f"{name}, {count:,} images")
     axes.set(xlabel="step", ylabel=name)
+    axes.xaxis.set_major_formatter(_STEPS)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return _svg(figure, "scores")
@@ -92,7 +98,7 @@ def telemetry_plot(metrics: list[dict[str, Any]]) -> str:
         axes.plot(*zip(*line, strict=True), color=_LINE, linewidth=1.1)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.ticklabel_format(axis="x", style="plain")
+        axes.xaxis.set_major_formatter(_STEPS)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16 / rows, top=1 - 0.16 / rows, wspace=0.3, hspace=0.55)
@@ -106,16 +112,12 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _scale(steps: list[int]) -> str:
-    return "log" if steps[-1] > _LOG_RANGE * steps[0] else "linear"
-
-
-def _running_mean(values: list[float], width: int) -> list[float]:
-    """Of the last `width` values at each, of all there are at the first ones."""
+def _running_mean(values: list[float]) -> list[float]:
+    """At each value the mean of the last ones, a tenth of all so far: as smooth anywhere on a logarithmic axis."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    widths = np.maximum(1, ends // 10)
+    return ((sums[ends] - sums[ends - widths]) / widths).tolist()
 
 
 def _svg(figure: Figure, salt: str) -> str:
