@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dico_ray import cluster, evaluate, ingest, sample
+from dico_ray import cluster, evaluate, ingest, recorder, sample
 from dico_ray.config import Config, UserError
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
@@ -30,7 +30,7 @@ from dico_ray.training.telemetry import EVALUATED
 from dico_ray.worker import CHECKPOINTS
 
 _WORK = "work"
-_LOOK_S = 1.0
+_LOOK_S = 2.0
 _ROOM_S = 10.0  # for a group that would fit a moment ago
 _END_S = 30.0  # for an evaluation that was told to end
 
@@ -140,9 +140,9 @@ class Evaluator:
             return
         until = time.monotonic() + self._config.evaluate.wait_s
         while self._thread.is_alive() and self._due.due() and time.monotonic() < until:
-            if ray.get(self._keeper.stop_wanted.remote()):
+            if ray.get(self._keeper.stop_wanted.remote()) not in ("", recorder.RESTART):
                 return
-            time.sleep(_LOOK_S / 2)
+            time.sleep(_LOOK_S / 4)
         self._over.set()
         self._end.set()
         self._idle.wait(_END_S)
@@ -215,7 +215,7 @@ class Evaluator:
             while True:
                 self._check_end()
                 try:
-                    return ray.get(answer, timeout=_LOOK_S / 4)
+                    return ray.get(answer, timeout=_LOOK_S / 8)
                 except GetTimeoutError:
                     if time.monotonic() > until:
                         raise UserError(

@@ -18,6 +18,7 @@ from PIL import Image
 from dico_ray import train
 from dico_ray.config import Config
 from dico_ray.demo.digits import load_digits
+from dico_ray.evaluator import _runs
 from dico_ray.recipes import resolve
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import find
@@ -69,6 +70,11 @@ def _config(latents: Path, digits: Path, storage: Path, name: str, **sections: A
 
 def _events(config: Config, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_events(Storage(config.run.folder)) if e["event"] == kind]
+
+
+def test_the_grid_is_drawn_in_runs_without_gaps() -> None:
+    assert _runs([0, 1, 2, 5, 6, 9], 2) == [(0, 2), (2, 3), (5, 7), (9, 10)]
+    assert _runs([3], 8) == [(3, 4)]
 
 
 @pytest.mark.slow
