@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dico_ray import cluster, evaluate, ingest, recorder, sample
-from dico_ray.config import Config, UserError
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
 from dico_ray.training import evaluations
@@ -33,6 +34,16 @@ _WORK = "work"
 _LOOK_S = 2.0
 _ROOM_S = 10.0  # for a group that would fit a moment ago
 _END_S = 30.0  # for an evaluation that was told to end
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError if the reference or the autoencoder is not there: better now than after days of training."""
+    reference, vae = config.evaluate.reference, config.codec.vae
+    folder, _, name = reference.rstrip("/").rpartition("/")
+    if reference and not Storage(folder).exists(name):
+        raise ConfigError(f"evaluate.reference: {reference} is not there; name real images, or unset evaluate.every")
+    if vae.startswith("/") and not Path(vae).is_dir():
+        raise ConfigError(f"codec.vae: {vae} is not a folder; name the autoencoder, or unset evaluate.every")
 
 
 def settings_beside(config: Config, checkpoint: Checkpoint) -> Config:

@@ -17,7 +17,7 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dico_ray import cluster, ingest, recorder, worker
+from dico_ray import cluster, evaluator, ingest, recorder, worker
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.shards import Manifest, ShardError
 from dico_ray.evaluator import Evaluator
@@ -56,6 +56,9 @@ def main(config: Config, *, verbose: bool = False) -> None:
     check_fits(config, manifest)
     if config.train.validate_every:
         check_held_out(config, manifest)
+    due = Evaluations.of(config)
+    if due:
+        evaluator.check(config)
     last = check_resumes(config, manifest)
     if last and last.step >= config.train.steps:
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
@@ -71,12 +74,11 @@ def main(config: Config, *, verbose: bool = False) -> None:
     )
     ingest.check_memory(config, manifest)
     keeper = recorder.start(config)
-    due = Evaluations.of(config)
-    evaluator = Evaluator(config, due, keeper) if due else None
-    with _stopping(keeper), _display(config, keeper, last.step if last else 0), evaluator or nullcontext():
-        end = _Launch(config, manifest, keeper, gpu, evaluator).run()
-        if evaluator:
-            evaluator.finish()
+    beside = Evaluator(config, due, keeper) if due else None
+    with _stopping(keeper), _display(config, keeper, last.step if last else 0), beside or nullcontext():
+        end = _Launch(config, manifest, keeper, gpu, beside).run()
+        if beside:
+            beside.finish()
     ray.get(keeper.close.remote())
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
 
@@ -140,7 +142,7 @@ class _Launch:
     manifest: Manifest
     keeper: Any
     gpu: bool
-    evaluator: Evaluator | None = None
+    beside: Evaluator | None = None
 
     def __post_init__(self) -> None:
         self._run = Storage(self.config.run.folder)
@@ -193,8 +195,8 @@ class _Launch:
         """One group of workers, from start to end."""
         train, step = self.config.train, last.step if last else 0
         also = {"CPU": ingest.READ_TASK_CPUS}
-        if self.evaluator and self._mine:
-            self.evaluator.make_room(self._mine.name)
+        if self.beside and self._mine:
+            self.beside.make_room(self._mine.name)
         size = cluster.room_for(train.world_sizes, self._bundle, also, train.start_timeout_s, "train.num_workers")
         config = build(merge(self.config.model_dump(), {"train": {"num_workers": size, **self._micro(size)}}))
         dataset = ingest.training_dataset(config, self.manifest, step)

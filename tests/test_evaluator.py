@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dico_ray import train
-from dico_ray.config import Config
+from dico_ray.config import Config, ConfigError
 from dico_ray.demo.digits import load_digits
 from dico_ray.evaluator import _runs
 from dico_ray.recipes import resolve
@@ -72,6 +72,17 @@ def _events(config: Config, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_events(Storage(config.run.folder)) if e["event"] == kind]
 
 
+def test_what_is_not_there_is_told_before_training(unnamed: Path, digits: Path, tmp_path: Path) -> None:
+    for sections, told in (
+        ({"evaluate": {"reference": "/no/such/folder"}}, "evaluate.reference: /no/such/folder"),
+        ({"codec": {"vae": "/no/such/vae"}}, "codec.vae: /no/such/vae"),
+    ):
+        config = _config(unnamed, digits, tmp_path, "refused", **sections)
+        with pytest.raises(ConfigError, match=told):
+            train.main(config)
+        assert not Storage(config.run.folder).names()
+
+
 def test_the_grid_is_drawn_in_runs_without_gaps() -> None:
     assert _runs([0, 1, 2, 5, 6, 9], 2) == [(0, 2), (2, 3), (5, 7), (9, 10)]
     assert _runs([3], 8) == [(3, 4)]
@@ -114,7 +125,7 @@ def test_numbers_come_with_their_steps_while_training_goes_on(unnamed: Path, dig
 @pytest.mark.parametrize(
     ("evaluate", "told"),
     [
-        ({"reference": "/no/such/folder"}, "/no/such/folder"),
+        ({"judge": "/no/such/file.safetensors"}, "/no/such/file.safetensors"),
         ({"actors": 100, "start_timeout_s": 1}, "no room for 100 actors"),
         pytest.param({"timeout_s": 0.5}, "took more than 0.5 s (evaluate.timeout_s)", marks=pytest.mark.slow),
         pytest.param({"wait_s": 0}, "not done within 0 s of the end (evaluate.wait_s)", marks=pytest.mark.slow),
