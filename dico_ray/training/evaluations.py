@@ -56,14 +56,18 @@ class Evaluations:
 
     def scores(self, metric: str) -> dict[str, float]:
         """A metric of all checkpoints that have it, by the checkpoint's name."""
-        found = results(self._storage)
-        return {f["checkpoint"]: f["scores"][metric] for f in found if f["scores"].get(metric) is not None}
+        return scores(self._storage, metric)
 
 
 def results(storage: Storage) -> list[dict[str, Any]]:
     """What was found, by step. storage: the folder evaluations/ of a run."""
     names = [name for name in storage.names(".json") if "/" not in name]
     return [json.loads(storage.read(name)) for name in sorted(names)]
+
+
+def scores(storage: Storage, metric: str) -> dict[str, float]:
+    """A metric of all checkpoints that have it, by the checkpoint's name. storage: as above."""
+    return {f["checkpoint"]: f["scores"][metric] for f in results(storage) if f["scores"].get(metric) is not None}
 
 
 def scores_of(result: dict[str, Any]) -> dict[str, float]:

@@ -8,8 +8,9 @@ from dico_ray.config import ConfigError
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
-from dico_ray.training.checkpoint import COMMIT, FORMAT, Retention
+from dico_ray.training.checkpoint import Retention
 from dico_ray.training.evaluations import FOLDER, Evaluations, results, scores_of
+from dico_ray.weights import find_checkpoint
 
 RESULT = {
     "fid": 12.5, "frechet_distance": 12.5, "sfid": None, "comparable_with_published_fid": False, "images": 5000,
@@ -17,10 +18,10 @@ RESULT = {
 }  # fmt: skip
 
 
-def committed(storage: Storage, step: int, loss: float) -> str:
+def committed(storage: Storage, step: int, loss: float, best_metric: str = "loss") -> str:
     """A checkpoint without numbers, as far as retention looks."""
     name = checkpoints.folder_name(step)
-    about = {"metrics": {"step": step, "loss": loss}}
+    about = {"metrics": {"step": step, "loss": loss}, "config": {"train": {"best_metric": best_metric}}}
     checkpoints.commit(storage.at(name), step, {}, [], about)
     return name
 
@@ -62,7 +63,21 @@ def test_what_waits_stays_and_the_best_are_those_that_were_judged_best(tmp_path:
         evaluations.settle(name)
     checkpoints.retain(storage, rule, evaluations)
     assert [f.step for f in checkpoints.find(storage)] == [20, 30]
-    assert FORMAT in storage.read(f"{checkpoints.folder_name(20)}/{COMMIT}").decode()
+
+
+def test_the_best_is_by_what_training_logged_or_an_evaluation_found(tmp_path: Path) -> None:
+    config = build({"run": {"storage": str(tmp_path), "name": "run"}, "sample": {"checkpoint": "best"}})
+    run = Storage(config.run.folder)
+    with pytest.raises(ConfigError, match="has no committed checkpoint"):
+        find_checkpoint(config)
+    for step, loss in ((10, 0.3), (20, 0.2), (30, 0.25)):
+        committed(run.at("checkpoints"), step, loss, "loss")
+    assert find_checkpoint(config).step == 20
+    committed(run.at("checkpoints"), 40, 0.5, "fid")
+    with pytest.raises(ConfigError, match=r"^sample\.checkpoint: 'best', .* has train\.best_metric = fid; take 'last'"):
+        find_checkpoint(config)
+    Evaluations(run, 10, 40).keep(checkpoints.folder_name(30), 30, RESULT, b"png")
+    assert find_checkpoint(config).step == 30
 
 
 def test_only_steps_with_checkpoints_can_be_evaluated() -> None:
