@@ -38,7 +38,7 @@ class Goodput:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._spans: list[tuple[int, float]] = []  # (last step, seconds) of each logged stretch
-        self._redone = self._stalled = self._waited = 0.0
+        self._redone = self._stalled = self._waited = self._validated = 0.0
         self._step = 0
 
     def begin(self, start: int) -> None:
@@ -53,12 +53,14 @@ class Goodput:
         stalled, waited = metrics["checkpoint_stall_s"], metrics["data_wait"] * seconds
         self._stalled += stalled
         self._waited += waited
+        self._validated += metrics.get("validation_s", 0.0)
         self._spans.append((self._step, seconds - stalled - waited))
         wall, useful = time.monotonic() - self._began, sum(s for _, s in self._spans)
-        known = useful + self._redone + self._stalled + self._waited
+        known = useful + self._redone + self._stalled + self._waited + self._validated
         return {
             "goodput": useful / wall, "lost_starting_s": max(0.0, wall - known), "lost_redone_s": self._redone,
             "lost_stalled_s": self._stalled, "lost_waiting_s": self._waited,
+            **({"lost_validating_s": self._validated} if self._validated else {}),
         }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ class Recorder:
             open_tracker(service, self._run.url, config.run.name, about) for service in config.run.track
         ]
         self._latest: dict[str, Any] = {}
-        self._stop = ""
+        self._stop = self._attempt = ""
         self._goodput = Goodput()
         self._gauges: dict[str, Gauge] = {}
         self._recent: list[dict[str, Any]] = []
@@ -91,6 +93,7 @@ class Recorder:
             self._log.close()
         self._log = MetricsLog(self._run, start, unlogged)
         self._goodput.begin(start)
+        self._attempt = attempt
         self._latest = {}
         self._stop = "" if self._stop == RESTART else self._stop
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
@@ -105,6 +108,18 @@ class Recorder:
         self._latest = metrics
         for log in (self._log, *self._trackers):
             log.log(metrics)
+        self._show(metrics)
+
+    @ray.method(concurrency_group="writing")
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        """An evaluation's numbers, with the `step` of its checkpoint, which training has left behind."""
+        assert self._log
+        for log in (self._log, *self._trackers):
+            log.log(metrics)
+        self._show({"evaluation_step" if name == "step" else name: value for name, value in metrics.items()})
+
+    def _show(self, metrics: dict[str, Any]) -> None:
+        """To Prometheus."""
         for name, value in metrics.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 if name not in self._gauges:
@@ -123,6 +138,11 @@ class Recorder:
         """The last logged metrics, and the events since the last call."""
         recent, self._recent = self._recent, []
         return self._latest, recent
+
+    @ray.method(concurrency_group="answering")
+    def begun(self) -> str:
+        """The attempt whose workers began last; '' before the first."""
+        return self._attempt
 
     @ray.method(concurrency_group="answering")
     def want_stop(self, reason: str) -> None:

@@ -21,6 +21,7 @@ from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion.sampler import METHODS
 from dico_ray.models import DiCo
 from dico_ray.storage import Storage
+from dico_ray.training import evaluations
 from dico_ray.training.checkpoint import COMMIT, Checkpoint, folder_name, write_whole
 
 if TYPE_CHECKING:
@@ -34,12 +35,24 @@ _INDEX = "model_index.json"
 
 def find_checkpoint(config: Config) -> Checkpoint:
     """The checkpoint that sample.checkpoint names. Raises ConfigError if there is none."""
-    if config.sample.checkpoint != "last":
+    if config.sample.checkpoint not in ("last", "best"):
         return Checkpoint.open(Storage(config.sample.checkpoint))
-    last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
+    run = Storage(config.run.folder)
+    last = Checkpoint.last(run.at(CHECKPOINTS))
     if last is None:
         raise ConfigError(f"run.name: {config.run.folder} has no committed checkpoint; train it, or name another run")
-    return last
+    return last if config.sample.checkpoint == "last" else _best(run, last)
+
+
+def _best(run: Storage, last: Checkpoint) -> Checkpoint:
+    """By the metric that the run was trained with. Raises ConfigError if no checkpoint has it."""
+    metric = last.about["config"].get("train", {}).get("best_metric", "loss")
+    best = Checkpoint.best(run.at(CHECKPOINTS), metric, evaluations.scores(run.at(evaluations.FOLDER), metric))
+    if best is None:
+        raise ConfigError(
+            f"sample.checkpoint: 'best', but no checkpoint of {run.url} has train.best_metric = {metric}; take 'last'"
+        )
+    return best
 
 
 def model_of(checkpoint: Checkpoint) -> Model:

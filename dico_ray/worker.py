@@ -21,6 +21,7 @@ from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.attempts import Attempt
 from dico_ray.training.checkpoint import Checkpoint, Retention
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.watchdog import Watchdog
 from dico_ray.training.writer import CheckpointWriter
 
@@ -38,6 +39,7 @@ def run(task: dict[str, Any]) -> None:
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
+    from dico_ray.training.validation import Validation
 
     config = build(task["config"])
     device = get_device()
@@ -58,10 +60,14 @@ def run(task: dict[str, Any]) -> None:
         checkpoints.restore(begun, engine, ema)
         start = begun.step
         took("checkpoint read")
+    validate = None
+    if config.train.validate_every:
+        validate = Validation(config, engine, ema)
+        took("held-out latents")
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
     with WorkerReport(config, task, engine, ema, start, took) as report:
-        train_loop(config, engine, ema, batches, report, task["passed_over"])
+        train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
 
 
 class _Stopwatch:
@@ -107,10 +113,10 @@ class WorkerReport:
         train, storage = config.train, self._run.at(CHECKPOINTS)
         common = (train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        rule = Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
         self._writer = CheckpointWriter(
-            storage, attempt, engine, partial(checkpoints.state, engine, ema), rule, *common, thread
-        )
+            storage, attempt, engine, partial(checkpoints.state, engine, ema), Retention.of(train), *common, thread,
+            evaluations=Evaluations.of(config),
+        )  # fmt: skip
         self._averages: CheckpointWriter | None = None
         if train.ema_snapshot_every:
             folder = self._run.at(checkpoints.AVERAGES)

@@ -63,6 +63,16 @@ class Config(Section):
             )
         if train.offload and train.zero_stage == 0:
             raise ValueError("train.offload: true needs a sharded optimizer; take train.zero_stage 1, 2 or 3")
+        if train.validate_every and not self.data.validation:
+            raise ValueError(
+                f"train.validate_every: {train.validate_every} needs held-out latents; set data.validation"
+            )
+        every = self.evaluate.every
+        if every and every % train.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
+                "and only checkpoints are evaluated; change one of them"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

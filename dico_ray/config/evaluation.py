@@ -47,3 +47,19 @@ class Evaluate(Section):
     "Folder of reference statistics, kept by their images' content; unset: reference-statistics/ beside the runs."
     output: Location = ""
     "File for the result; unset: evaluation.json in the run's folder."
+    every: int | None = Field(None, ge=1)
+    "Steps between evaluations beside training, of checkpoints' EMA weights; the last step has one. Unset: none."
+    count: int = Field(5000, ge=1)
+    "Images of an evaluation beside training, made by the settings of sample and judged if there is a reference."
+    grid_rows: int = Field(4, ge=1)
+    "Rows of the picture that each of them keeps: the same noise and labels every time."
+    actors: int = Field(1, ge=1)
+    "Size of their pool, on what training leaves free."
+    accelerator: Literal["same", "cpu", "gpu"] = "same"
+    "Where their networks run. same: as resources.accelerator says."
+    start_timeout_s: float = Field(600.0, gt=0)
+    "Seconds that one of them waits for room on the cluster before it is given up."
+    timeout_s: float = Field(14_400.0, gt=0)
+    "Seconds after which one of them is ended as too slow."
+    wait_s: float = Field(3600.0, ge=0)
+    "Seconds that a finished training waits for its last one."

@@ -13,7 +13,7 @@ class Sample(Section):
     """checkpoint -> images."""
 
     checkpoint: str = "last"
-    "'last' (of this run), or the folder or URL of one checkpoint."
+    "'last' or 'best' (by train.best_metric) of this run, or the folder or URL of one checkpoint."
     weights: Literal["ema", "model"] = "ema"
     "Which of the checkpoint's weights generate."
     count: int = Field(64, ge=1)
