@@ -8,7 +8,6 @@ is done again later. What fails, is too slow or finds no room is told by an even
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -30,7 +29,6 @@ from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.telemetry import EVALUATED
 from dico_ray.worker import CHECKPOINTS
 
-_WORK = "work"
 _LOOK_S = 2.0
 _ROOM_S = 10.0  # for a group that would fit a moment ago
 _END_S = 30.0  # for an evaluation that was told to end
@@ -50,27 +48,12 @@ def settings_beside(config: Config, checkpoint: Checkpoint) -> Config:
     """The settings by which a checkpoint is judged: those of `sample` and `evaluate`, on the pool set aside for it."""
     beside = config.evaluate
     place = config.resources.accelerator if beside.accelerator == "same" else beside.accelerator
-    work = f"{config.run.folder}/{evaluations.FOLDER}/{_WORK}"
     own = {
-        "sample": {
-            "checkpoint": checkpoint.storage.url, "weights": "ema", "count": beside.count, "output": f"{work}/samples",
-        },
-        "evaluate": {"images": "", "output": f"{work}/{evaluate.RESULT}"},
+        "sample": {"checkpoint": checkpoint.storage.url, "weights": "ema", "count": beside.count},
+        "evaluate": {"images": ""},
         "resources": {"actors": beside.actors, "accelerator": place},
-    }  # fmt: skip
+    }
     return build(merge(config.model_dump(), own))
-
-
-def score(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Draws and judges sample.count images by the two doors, through a folder that is removed afterwards."""
-    home = Storage(config.run.folder).at(evaluations.FOLDER)
-    home.remove(_WORK)
-    try:
-        sample.main(config)
-        evaluate.main(config)
-        return json.loads(home.read(f"{_WORK}/{evaluate.RESULT}"))
-    finally:
-        home.remove(_WORK)
 
 
 def draw_grid(config: Config, checkpoint: Checkpoint) -> bytes:
@@ -78,7 +61,7 @@ def draw_grid(config: Config, checkpoint: Checkpoint) -> bytes:
     classes, rows = len(checkpoint.about["classes"]), config.evaluate.grid_rows
     config = build(merge(config.model_dump(), {"sample": {"count": classes * rows, "grid_rows": rows}}))
     gpu = cluster.uses_gpu(config.resources)
-    actor = ray.remote(sample.SampleActor).options(num_cpus=config.resources.actor_cpus, num_gpus=1 if gpu else 0)
+    actor = ray.remote(sample.SampleActor).options(**cluster.actor_options(config.resources, gpu))
     artist: Any = actor.remote(config, checkpoint, gpu)
     cells: dict[int, np.ndarray] = {}
     for start, stop in _runs(sample.grid_indices(config, classes), config.sample.batch_size):
@@ -108,7 +91,8 @@ class _Judge:
         checkpoint = Checkpoint.open(folder)
         beside = settings_beside(config, checkpoint)
         grid = draw_grid(beside, checkpoint)
-        return checkpoint.step, score(beside, checkpoint) if config.evaluate.reference else None, grid
+        result = evaluate.score_checkpoint(beside, checkpoint) if config.evaluate.reference else None
+        return checkpoint.step, result, grid
 
 
 class _EndedError(Exception):
@@ -240,7 +224,8 @@ class Evaluator:
         beside, resources = self._config.evaluate, self._config.resources
         if beside.accelerator != "same":
             resources = resources.model_copy(update={"accelerator": beside.accelerator})
-        bundle = {"CPU": resources.actor_cpus, **({"GPU": 1.0} if cluster.uses_gpu(resources) else {})}
+        one = cluster.actor_options(resources, cluster.uses_gpu(resources))
+        bundle = {"CPU": one["num_cpus"], **({"GPU": one["num_gpus"]} if one["num_gpus"] else {})}
         size, until = beside.actors, time.monotonic() + beside.start_timeout_s
         while True:
             self._check_end()
