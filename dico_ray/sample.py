@@ -20,6 +20,7 @@ from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion.noise import Stream, integers, normal
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.diffusion.sampler import Guidance, Sampler
+from dico_ray.models import use_kernels
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
@@ -122,6 +123,7 @@ class SampleActor:
             check_codec(checkpoint, self._vae)
         self._about = model_of(checkpoint)
         self._model = load_network(checkpoint, config).to(self._device)
+        print(use_kernels(self._model, config.model.kernels, self._device))
         self._classes: list[str] = checkpoint.about["classes"]
         self._grid = set(grid_indices(config, len(self._classes)))
         self._output = output_folder(config)

@@ -59,6 +59,11 @@ class Config(Section):
             )
         if train.offload and train.zero_stage == 0:
             raise ValueError("train.offload: true needs a sharded optimizer; take train.zero_stage 1, 2 or 3")
+        if self.model.kernels == "triton" and train.zero_stage == 3:
+            raise ValueError(
+                "model.kernels: triton does not go with train.zero_stage 3, which gathers weights layer by layer; "
+                "take auto or torch, or another stage"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

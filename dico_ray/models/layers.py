@@ -119,7 +119,8 @@ class GlobalMean(nn.Module):
 class Block(nn.Module):
     """One DiCo block: a convolution half and a feed-forward half, each adaLN-zero modulated and gated.
 
-    x `(B, H, W, C)`, condition `(B, C)` -> `(B, H, W, C)`. fused: by the kernels of `kernels.block`, not the layers here.
+    x `(B, H, W, C)`, condition `(B, C)` -> `(B, H, W, C)`.
+    fused: by the kernels of `kernels.block` instead of the layers here.
     """
 
     fused = False

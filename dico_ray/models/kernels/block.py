@@ -1,15 +1,15 @@
 """A whole block as one operator, forward and backward, of the kernels here and the library's matrix products.
 
-What a block keeps for its backward pass, in values a pixel and channel, for a feed-forward half r times as wide
-(each of 2 bytes in bf16: 20 bytes for r = 4, where autograd on separate layers keeps 34):
+What a block keeps for its backward pass, in values a pixel and channel, if its feed-forward half is r times as wide
+(a value is 2 bytes in bf16: 20 bytes for r = 4, where the separate layers' autograd keeps 12 + 2r, 40 bytes):
 
     kept: input 1, convolution's input 1, pre-activation 1, first branch 1, stream between the halves 1,
           feed-forward pre-activation r, second branch 1                                          6 + r
-    computed again, inside passes that read its source anyway: both modulated norms 2, both GELUs 1 + r,
-          the weighed GELU 1                                                                      4 + r
+    made again, in passes that read its source anyway: both modulated norms 2, the weighed GELU 1,
+          the feed-forward GELU r                                                                 3 + r
 
-The kept input is the output of the block before, so it is counted once. Pixels' mean and deviation come on top: 16
-bytes a pixel. The biases' gradients fall out of the passes that make the gradients which they sum.
+The input is the output of the block before, counted once. Mean and deviation are 16 bytes a pixel on top. The
+biases' gradients fall out of the passes that make the gradients which they sum.
 
 One operator and not one a pass: a product's input is then recomputed without being kept by the product, and the
 host, which has 25 launches a block to make, meets autograd once.
@@ -130,9 +130,7 @@ def block_backward(
 
 
 @block_backward.register_fake
-def _(
-    d_out: Tensor, x: Tensor, modulation: Tensor, weights: list[Tensor], kept: list[Tensor]
-) -> list[Tensor]:
+def _(d_out: Tensor, x: Tensor, modulation: Tensor, weights: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, modulation, *weights)]
 
 

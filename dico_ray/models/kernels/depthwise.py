@@ -4,6 +4,8 @@ A program goes down the rows of one image with a block of channels: each row is 
 right; once from memory, else from the cache) and adds to the three rows of output that it is part of.
 """
 
+# A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
+# pyright: reportPossiblyUnbound=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -150,7 +152,10 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """x `(B, H, W, C)` contiguous, weight `(C, 1, 3, 3)`, bias `(C,)` -> pre-activation like x, pooled `(B, C)` fp32."""
+    """-> pre-activation like x, and its GELU's mean over the pixels, `(B, C)` in fp32.
+
+    x `(B, H, W, C)` contiguous, weight `(C, 1, 3, 3)`, bias `(C,)`.
+    """
     images, height, width, channels = x.shape
     tiles = image_rows(images, height, width, channels)
     pre = torch.empty_like(x)
