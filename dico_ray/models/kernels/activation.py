@@ -4,7 +4,7 @@ Twins: `torch.nn.functional.gelu` and `plain.gelu_scale`.
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
-# pyright: reportPossiblyUnbound=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch

@@ -4,7 +4,7 @@ Sums over an image's pixels are taken in two stages of fixed shape, without atom
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
-# pyright: reportPossiblyUnbound=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@ right; once from memory, else from the cache) and adds to the three rows of outp
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
-# pyright: reportPossiblyUnbound=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import NamedTuple

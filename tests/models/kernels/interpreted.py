@@ -89,6 +89,7 @@ def test_gradients_of_every_tensor_of_a_network_by_both_paths() -> None:
         cases.compare(list(run(network, torch.float32)), want, 2e-5)
 
 
+@pytest.mark.slow
 def test_the_operators_are_sound() -> None:
     i = cases.Inputs((2, 3, 5, 6), torch.float32, "cpu")
     made = cases.make_block(i, 2)
@@ -97,6 +98,7 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(norm_modulate, (x, i.draw(2, 12).requires_grad_()))
 
 
+@pytest.mark.slow
 def test_a_fused_block_compiles_into_one_graph() -> None:
     i = cases.Inputs((2, 4, 4, 6), torch.float32, "cpu")
     made = cases.make_block(i, 2)
