@@ -25,6 +25,14 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.strip("[]()").split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
 class Option(NamedTuple):
     """An argument of one verb alone, handed to its door by name: a flag (--name VALUE), or what stands alone."""
 
@@ -45,6 +53,12 @@ _BENCH_DATA = (
     Option("--samples", int, 65536, "synthetic samples"),
     Option("--folder", str, "", "folder or URL for the synthetic shards, kept and used again; unset: a temporary one"),
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_NETWORK = (
+    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network, as [compiled,fused]"),
+    Option("--micro_batches", _integers, "64", "images at a time; each is measured, as [32,64,96]"),
+    Option("--seconds", float, 5.0, "seconds for which each is timed, at least"),
     Option("--json", str, "", "file for the figures"),
 )
 _CONVERT = (
@@ -97,6 +111,10 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench train": Verb("bench.train", "images/s of training on one GPU: released, compiled, fused, and a DiT",
+                        ("run", "model", "train", "resources"), _BENCH_NETWORK),
+    "bench forward": Verb("bench.forward", "the same of the network's forward pass alone",
+                          ("run", "model", "resources"), _BENCH_NETWORK),
 }  # fmt: skip
 
 

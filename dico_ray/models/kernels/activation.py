@@ -28,7 +28,7 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _forward_kernel(
+def _gelu_forward(
     pre, scale, out, pixels, channels,
     HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gelu_backward(
     pre, scale, pooled, d_out, d_pre, out, sums, pixels, channels,
     HAS_SCALE: tl.constexpr, SLOPE: tl.constexpr, AGAIN: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def _forward(pre: Tensor, scale: Tensor | None) -> Tensor:
     images, height, width, channels = pre.shape
     tiles = channel_blocks(images, height * width, channels)
     out = torch.empty_like(pre)
-    _forward_kernel[(images, ceil_div(channels, tiles.channels), tiles.splits)](
+    _gelu_forward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         pre, scale, out, height * width, channels,
         HAS_SCALE=scale is not None, ROWS=tiles.rows, STEP=tiles.step, BLOCK=tiles.channels, num_warps=tiles.warps,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def _backward(
     d_pre = torch.empty_like(pre) if slope else None
     out = torch.empty_like(pre) if again else None
     sums = torch.empty(images, tiles.splits, channels, dtype=torch.float32, device=pre.device)
-    _backward_kernel[(images, ceil_div(channels, tiles.channels), tiles.splits)](
+    _gelu_backward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         pre, scale, pooled, d_out, d_pre, out, sums, height * width, channels,
         HAS_SCALE=scale is not None, SLOPE=slope, AGAIN=again,
         ROWS=tiles.rows, STEP=tiles.step, BLOCK=tiles.channels, num_warps=tiles.warps,

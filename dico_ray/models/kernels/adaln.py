@@ -44,7 +44,7 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _forward_kernel(
+def _adaln_forward(
     x, branch, gate, shift, scale, stream, normed, stats, pixels, channels, images, modulation_stride, eps,
     HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _adaln_backward(
     x, stats, shift, scale, branch, gate, d_stream, d_normed, d_x, d_branch, normed, sums,
     pixels, channels, images, modulation_stride,
     HAS_NORM: tl.constexpr, HAS_STREAM: tl.constexpr, HAS_BRANCH: tl.constexpr, SUMS: tl.constexpr,
@@ -165,7 +165,7 @@ def _forward(
     normed = torch.empty_like(x) if scale is not None else x
     stats = torch.empty(2, images * pixels if scale is not None else 0, dtype=torch.float32, device=x.device)
     tiles = whole_channels(images, pixels, channels)
-    _forward_kernel[(images, tiles.splits)](
+    _adaln_forward[(images, tiles.splits)](
         x, branch, gate, shift, scale, stream, normed, stats, pixels, channels, images, _stride(gate, shift, scale),
         NORM_EPS, HAS_BRANCH=branch is not None, HAS_NORM=scale is not None, ROWS=tiles.rows, STEP=tiles.step,
         BLOCK=tiles.channels, num_warps=tiles.warps,
@@ -206,7 +206,7 @@ def _backward(
     tiles = whole_channels(images, pixels, channels)
     count = 2 * norm + 2 * gated
     sums = torch.empty(images, tiles.splits, count, channels, dtype=torch.float32, device=x.device)
-    _backward_kernel[(images, tiles.splits)](
+    _adaln_backward[(images, tiles.splits)](
         x, stats, shift, scale, branch, gate, d_stream, d_normed, d_x, d_branch, normed, sums, pixels, channels, images,
         _stride(gate, shift, scale), HAS_NORM=norm, HAS_STREAM=d_stream is not None, HAS_BRANCH=gated, SUMS=count,
         ROWS=tiles.rows, STEP=tiles.step, BLOCK=tiles.channels, num_warps=tiles.warps,

@@ -40,7 +40,7 @@ def _row(x, base, row, height, width, channels, c, columns, inside):
 
 
 @triton.jit
-def _forward_kernel(
+def _depthwise_forward(
     x, weight, bias, pre, sums, height, width, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _depthwise_backward(
     x, weight, d_pre, d_x, sums, height, width, channels,
     SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     tiles = image_rows(images, height, width, channels)
     pre = torch.empty_like(x)
     sums = torch.empty(images, tiles.splits, channels, dtype=torch.float32, device=x.device)
-    _forward_kernel[(images, ceil_div(channels, tiles.channels), tiles.splits)](
+    _depthwise_forward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         x, weight, bias, pre, sums, height, width, channels,
         ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, num_warps=tiles.warps,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def backward(d_pre: Tensor, x: Tensor, weight: Tensor) -> Gradients:
     tiles = image_rows(images, height, width, channels)
     d_x = torch.empty_like(x)
     sums = torch.empty(images * tiles.splits, _SUMS, channels, dtype=torch.float32, device=x.device)
-    _backward_kernel[(images, ceil_div(channels, tiles.channels), tiles.splits)](
+    _depthwise_backward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         x, weight, d_pre, d_x, sums, height, width, channels,
         SUMS=_SUMS, ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, num_warps=tiles.warps,
     )  # fmt: skip
