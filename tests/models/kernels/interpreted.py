@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dico_ray.models import create_model, use_kernels
 from dico_ray.models.kernels.block import block, norm_modulate
+from dico_ray.settings import build
 from tests.models.kernels import cases
 
 CPU = torch.device("cpu")
@@ -126,3 +127,28 @@ def test_a_block_keeps_what_its_docstring_says(ratio: int) -> None:
             out = made(x, i.draw(2, 32))
         assert sum(kept.values()) == values * x.numel()
         assert out.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.usefixtures("one_process")
+def test_training_steps_by_the_engine_are_those_of_plain_pytorch(stage: int) -> None:
+    """DeepSpeed's hooks on the parameters see the gradients of a fused block as those of its layers."""
+    from dico_ray.training.engine import Engine
+
+    settings = {"global_batch": 4, "micro_batch": 2, "zero_stage": stage, "precision": "fp32", "lr": 1e-2}
+    config = build({"train": settings}).train
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 5])
+    found = []
+    for kernels in ("triton", "torch"):
+        torch.manual_seed(0)
+        network = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=5, class_dropout_prob=0.0)
+        for parameter in network.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.2
+        use_kernels(network, kernels, CPU, stage)
+        engine = Engine(network, config, CPU)
+        norms = [engine.backward(engine(x, t, y).square().mean()) for _ in range(4)]
+        found.append([norm for norm in norms if norm is not None])
+        engine.close()
+    assert len(found[0]) == 2
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
