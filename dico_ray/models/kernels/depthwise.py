@@ -1,7 +1,8 @@
 """Depthwise 3x3 convolution with bias, and the pooled sum of its GELU, in one pass (twin: `plain.depthwise`).
 
 A program goes down the rows of one image with a block of channels: each row is loaded three times (left, here,
-right; once from memory, else from the cache) and adds to the three rows of output that it is part of.
+right; once from memory, else from the cache) and adds to the three rows of output that it is part of. Threads hold
+few values, since nine weights a channel fill their registers; rows are fetched ahead (STAGES) to keep memory busy.
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
@@ -42,7 +43,7 @@ def _row(x, base, row, height, width, channels, c, columns, inside):
 @triton.jit
 def _depthwise_forward(
     x, weight, bias, pre, sums, height, width, channels,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -65,7 +66,7 @@ def _depthwise_forward(
     here = tl.zeros([WIDTH, BLOCK], tl.float32)
     pooled = tl.zeros([WIDTH, BLOCK], tl.float32)
     base = image.to(tl.int64) * height * width * channels
-    for i in range(ROWS + 2):
+    for i in tl.range(0, ROWS + 2, num_stages=STAGES):
         row = first - 1 + i
         left = _row(x, base, row, height, width, channels, c, columns - 1, inside)
         middle = _row(x, base, row, height, width, channels, c, columns, inside)
@@ -84,7 +85,7 @@ def _depthwise_forward(
 @triton.jit
 def _depthwise_backward(
     x, weight, d_pre, d_x, sums, height, width, channels,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -109,7 +110,7 @@ def _depthwise_backward(
     s00, s01, s02, s10, s11, s12, s20, s21, s22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     sum_bias, sum_x = zero, zero
     base = image.to(tl.int64) * height * width * channels
-    for i in range(ROWS + 2):
+    for i in tl.range(0, ROWS + 2, num_stages=STAGES):
         row = first - 1 + i
         # A tap that looks at the left neighbour brings gradients back from the right one.
         d0 = _row(d_pre, base, row, height, width, channels, c, columns + 1, inside)
@@ -162,7 +163,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.empty(images, tiles.splits, channels, dtype=torch.float32, device=x.device)
     _depthwise_forward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         x, weight, bias, pre, sums, height, width, channels,
-        ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, num_warps=tiles.warps,
+        ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return pre, sums.sum(1) / (height * width)
 
@@ -175,7 +176,7 @@ def backward(d_pre: Tensor, x: Tensor, weight: Tensor) -> Gradients:
     sums = torch.empty(images * tiles.splits, _SUMS, channels, dtype=torch.float32, device=x.device)
     _depthwise_backward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         x, weight, d_pre, d_x, sums, height, width, channels,
-        SUMS=_SUMS, ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, num_warps=tiles.warps,
+        SUMS=_SUMS, ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     total = sums.sum(0)
     return Gradients(d_x, total[:9].t().reshape(channels, 1, 3, 3), total[9], total[10])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 _PROGRAMS = 2048  # enough for some waves on any GPU; more would only add partial sums
 _TILE = 2048  # elements that a program holds of a tensor at a time
+_STAGES = 3
 _CHANNELS = 64  # 128 bytes of bf16: 416, 832, 1664 and their FFN widths are multiples of 32 or 64
 
 
@@ -22,6 +23,7 @@ class Tiles(NamedTuple):
     """A program takes `rows` rows of `channels` channels of one image, `step` rows at a time.
 
     Rows are pixels, or for the convolution the image's rows of `width` pixels. splits: programs along the rows.
+    stages: the row that is computed with, and those fetched ahead of it.
     """
 
     rows: int
@@ -30,6 +32,7 @@ class Tiles(NamedTuple):
     channels: int
     splits: int
     warps: int
+    stages: int = 1
 
 
 def whole_channels(images: int, pixels: int, channels: int) -> Tiles:
@@ -47,13 +50,13 @@ def channel_blocks(images: int, pixels: int, channels: int) -> Tiles:
     return Tiles(*_rows(pixels, step, programs), 1, block, _splits(pixels, step, programs), _warps(step * block, 512))
 
 
-def image_rows(images: int, height: int, width: int, channels: int, tile: int = _TILE) -> Tiles:
+def image_rows(images: int, height: int, width: int, channels: int) -> Tiles:
     """For the convolution: a row of pixels at a time, the rows above and below kept in registers."""
     columns = power_of_two(width)
-    block = max(1, min(_CHANNELS, power_of_two(channels), tile // columns))
+    block = max(1, min(_CHANNELS, power_of_two(channels), _TILE // 2 // columns))
     programs = images * ceil_div(channels, block)
     rows, step = _rows(height, 1, programs, least=8)  # each split reads two rows more
-    return Tiles(rows, step, columns, block, ceil_div(height, rows), _warps(columns * block, 256))
+    return Tiles(rows, step, columns, block, ceil_div(height, rows), _warps(columns * block, 128), _STAGES)
 
 
 def _rows(rows: int, step: int, programs: int, least: int = 1) -> tuple[int, int]:
