@@ -55,11 +55,14 @@ _BENCH_DATA = (
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
     Option("--json", str, "", "file for the figures"),
 )
-_BENCH_NETWORK = (
-    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network, as [compiled,fused]"),
+_BENCH_KERNELS = (
     Option("--micro_batches", _integers, "64", "images at a time; each is measured, as [32,64,96]"),
     Option("--seconds", float, 5.0, "seconds for which each is timed, at least"),
     Option("--json", str, "", "file for the figures"),
+)
+_BENCH_NETWORK = (
+    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network, as [compiled,fused]"),
+    *_BENCH_KERNELS,
 )
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
@@ -115,6 +118,8 @@ VERBS: dict[str, Verb] = {
                         ("run", "model", "train", "resources"), _BENCH_NETWORK),
     "bench forward": Verb("bench.forward", "the same of the network's forward pass alone",
                           ("run", "model", "resources"), _BENCH_NETWORK),
+    "bench kernels": Verb("bench.kernels", "each Triton kernel beside the time that its bytes take, on one GPU",
+                          ("model", "resources"), _BENCH_KERNELS),
 }  # fmt: skip
 
 

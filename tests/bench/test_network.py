@@ -8,7 +8,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 
 from dico_ray import cli
-from dico_ray.bench import classes, network, rival
+from dico_ray.bench import classes, kernels, network, rival
 from dico_ray.bench.released import PlainDiCo
 from dico_ray.config import ConfigError, Model
 from dico_ray.models import create_model
@@ -72,6 +72,15 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ConfigError, match="--variants fastest: take some of released, eager"):
         network.check_variants(["eager", "fastest"])
+
+
+def test_the_kernels_bench_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "kernels", *TINY])
+    assert "not on a GPU" in capsys.readouterr().err
+    config = build({"model": {"name": "DiCo-H"}})
+    shapes = [(64, 32, 32, 416), (64, 16, 16, 832), (64, 8, 8, 1664), (64, 32, 32, 832)]
+    assert kernels.stage_shapes(config, 64) == shapes
 
 
 def test_a_way_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

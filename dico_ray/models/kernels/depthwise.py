@@ -176,7 +176,8 @@ def backward(d_pre: Tensor, x: Tensor, weight: Tensor) -> Gradients:
     sums = torch.empty(images * tiles.splits, _SUMS, channels, dtype=torch.float32, device=x.device)
     _depthwise_backward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         x, weight, d_pre, d_x, sums, height, width, channels,
-        SUMS=_SUMS, ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, STAGES=tiles.stages, num_warps=tiles.warps,
+        SUMS=_SUMS, ROWS=tiles.rows, WIDTH=tiles.width, BLOCK=tiles.channels, STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )  # fmt: skip
     total = sums.sum(0)
     return Gradients(d_x, total[:9].t().reshape(channels, 1, 3, 3), total[9], total[10])

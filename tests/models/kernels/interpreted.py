@@ -12,6 +12,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from dico_ray.bench import kernels as kernels_bench
 from dico_ray.models import create_model, use_kernels
 from dico_ray.models.kernels.block import block, norm_modulate
 from dico_ray.settings import build
@@ -57,6 +58,24 @@ def test_many_programs_share_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bfloat16_runs() -> None:
     # The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
     cases.block(cases.Inputs((2, 4, 4, 24), torch.bfloat16, "cpu"), 0.06)
+
+
+def test_the_kernels_bench_times_every_launch_of_a_block() -> None:
+    rows = kernels_bench.measure((1, 2, 3, 8), 2, torch.float32, CPU, 1e-6, 1e9)
+    assert len({found["kernel"] for found in rows}) == 13
+    assert all(found["times"] == pytest.approx(found["us"] / found["bytes_us"]) for found in rows)
+
+
+def test_a_network_generates_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    network = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=5).eval()
+    for parameter in network.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([5])
+    with torch.inference_mode():
+        expected = network(x, t, y)
+        use_kernels(network, "auto", CPU)
+        torch.testing.assert_close(network(x, t, y), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_two_runs_are_equal_bit_by_bit() -> None:
