@@ -61,7 +61,7 @@ _BENCH_KERNELS = (
     Option("--json", str, "", "file for the figures"),
 )
 _BENCH_NETWORK = (
-    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network, as [compiled,fused]"),
+    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network; engine is one more"),
     *_BENCH_KERNELS,
 )
 _CONVERT = (

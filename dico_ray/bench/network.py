@@ -33,6 +33,7 @@ VARIANTS = {
     "eager": "NHWC, bf16, layer by layer",
     "compiled": "NHWC, bf16, each block compiled",
     "fused": "NHWC, bf16, blocks by the Triton kernels",
+    "engine": "fused, through DeepSpeed and with the EMA as `dico-ray train` has them (bench train alone)",
     "rival": f"{RIVAL} by diffusers, bf16, fused attention, each block compiled",
 }
 _AWAKE = 0.02  # added to weights: a fresh network's gates are zero, and would hide differences
@@ -47,10 +48,12 @@ class Inputs(NamedTuple):
     y: Tensor
 
 
-def check_variants(names: list[str]) -> None:
+def check_variants(names: list[str], without: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for a name that is not among VARIANTS, or is among those that this bench goes without."""
+    known = [name for name in VARIANTS if name not in without]
     for name in names:
-        if name not in VARIANTS:
-            raise ConfigError(f"--variants {name}: take some of {', '.join(VARIANTS)}")
+        if name not in known:
+            raise ConfigError(f"--variants {name}: take some of {', '.join(known)}")
 
 
 def make_inputs(config: Config, device: torch.device, batch: int) -> Inputs:
@@ -69,28 +72,33 @@ def make_network(variant: str, config: Config, device: torch.device) -> nn.Modul
 
     Raises ConfigError if it cannot run on the device.
     """
-    torch.manual_seed(config.run.seed)
     dtype = torch.bfloat16 if device.type == "cuda" and variant != "released" else torch.float32
     if variant == "rival":
+        torch.manual_seed(config.run.seed)
         with device:
             rival = DiT(config.model)
         rival.to(dtype).compile_blocks()
         return rival
-    sizes, model = config.model.architecture, config.model
-    with device:
-        network = DiCo(
-            sizes.hidden_size, sizes.depths, sizes.ffn_ratio, model.num_classes, model.in_channels,
-            class_dropout_prob=0.0,
-        )  # fmt: skip
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter += _AWAKE * torch.randn_like(parameter)
-    network.to(dtype)
+    network = make_dico(config, device).to(dtype)
     if variant == "fused":
         use_kernels(network, "triton", device)
     elif variant == "compiled":
         compile_blocks(network)
     return PlainDiCo(network) if variant == "released" else network
+
+
+def make_dico(config: Config, device: torch.device) -> DiCo:
+    """The configured network with fp32 weights that are the same in every call."""
+    torch.manual_seed(config.run.seed)
+    sizes, model = config.model.architecture, config.model
+    with device, torch.no_grad():
+        network = DiCo(
+            sizes.hidden_size, sizes.depths, sizes.ffn_ratio, model.num_classes, model.in_channels,
+            class_dropout_prob=0.0,
+        )  # fmt: skip
+        for parameter in network.parameters():
+            parameter += _AWAKE * torch.randn_like(parameter)
+    return network
 
 
 def image_flops(variant: str, config: Config) -> float:
@@ -190,7 +198,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def class_table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of a micro-batch by kernel class, a column a row of figures."""
+    """Milliseconds of a micro-batch (in training with its share of the update) by kernel class, a column a row."""
     shown = [found for found in rows if "classes" in found]
     kinds = sorted({kind for found in shown for kind in found["classes"]})
     heads = "".join(f"{found['variant'] + ' ' + str(found['micro_batch']):>14}" for found in shown)

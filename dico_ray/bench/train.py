@@ -2,21 +2,28 @@
 
 A bare loop, without data and without DeepSpeed: forward, loss, backward, gradients summed in fp32; then AdamW on fp32
 masters and the EMA, once a train.global_batch. Micro-batches and the update are timed apart, and the rate is that of
-their sum.
+their sum. The variant "engine" has the project's own engine in that loop's place: what it is slower by is DeepSpeed's
+toll.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_ray.bench import network as ways
 from dico_ray.bench.classes import by_class
 from dico_ray.config import Config
 from dico_ray.diffusion.process import Diffusion
+from dico_ray.models import use_kernels
+from dico_ray.settings import build, merge
 
 _FLOPS_OF_FORWARD = 3  # a backward pass costs two forward ones
 
@@ -34,6 +41,8 @@ def main(
     print(ways.HEADER)
 
     def measure(variant: str, batch: int, expected: Tensor) -> dict[str, Any]:
+        if variant == "engine":
+            return measure_engine(config, device, batch, seconds, expected)
         return measure_training(variant, config, device, batch, seconds, expected)
 
     rows = ways.each_way(config, device, variants, micro_batches, measure)
@@ -102,12 +111,65 @@ def measure_training(
     rate = accumulate * batch / (accumulate * micro + step)
     flops = _FLOPS_OF_FORWARD * ways.image_flops(variant, config)
 
-    def profiled() -> None:
-        micro_batch()
-        update.step()
-
+    classes = by_class(micro_batch, device)
+    for kind, milliseconds in by_class(update.step, device).items():
+        classes[kind] = classes.get(kind, 0.0) + milliseconds / accumulate
     return {
         **ways.row(variant, config, device, batch, rate, flops), "first_s": first, "difference": apart,
-        "micro_batch_ms": micro * 1e3, "update_ms": step * 1e3, "accumulate": accumulate,
-        "classes": by_class(profiled, device),
+        "micro_batch_ms": micro * 1e3, "update_ms": step * 1e3, "accumulate": accumulate, "classes": classes,
     }  # fmt: skip
+
+
+def measure_engine(
+    config: Config, device: torch.device, batch: int, seconds: float, expected: Tensor
+) -> dict[str, Any]:
+    """The row "engine": whole optimizer steps, on one worker, at train.zero_stage. Raises as `models.use_kernels`."""
+    from dico_ray.training.ema import EMA
+    from dico_ray.training.engine import Engine
+
+    accumulate = max(1, config.train.global_batch // batch)
+    sizes = {"global_batch": accumulate * batch, "micro_batch": batch, "num_workers": 1}
+    precision = {} if device.type == "cuda" else {"precision": "fp32"}
+    config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
+    network = ways.make_dico(config, device)
+    use_kernels(network, config.model.kernels, device, config.train.zero_stage)
+    apart = ways.difference("engine", network, config, device, expected)
+    diffusion = Diffusion()
+    x, noise, t, y = ways.make_inputs(config, device, batch)
+    with _group_of_one(device):
+        began = time.perf_counter()
+        engine = Engine(network, config.train, device)
+        ema = EMA(engine, config.train.ema_decay)
+
+        def step() -> None:
+            for _ in range(accumulate):
+                engine.backward(diffusion.training_losses(engine, x, t, noise, y=y)["loss"].mean())
+            ema.update(1)
+
+        step()
+        ways.synchronize(device)
+        first = time.perf_counter() - began
+        took = ways.seconds_of(step, device, seconds)
+        classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
+        engine.close()
+    flops = _FLOPS_OF_FORWARD * ways.image_flops("engine", config)
+    return {
+        **ways.row("engine", config, device, batch, accumulate * batch / took, flops), "first_s": first,
+        "difference": apart, "micro_batch_ms": took / accumulate * 1e3, "accumulate": accumulate,
+        "zero_stage": config.train.zero_stage, "classes": classes,
+    }  # fmt: skip
+
+
+@contextmanager
+def _group_of_one(device: torch.device) -> Iterator[None]:
+    """A torch.distributed group of this process alone, unless there is a group already."""
+    if dist.is_initialized():
+        yield
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for a launcher's variable
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -69,9 +69,25 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
         assert figures["rows"][0]["classes"]["EMA"] > 0
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("one_process")
+def test_the_engine_is_one_of_the_ways(tmp_path: Path) -> None:
+    """In a bench of its own, DeepSpeed's toll is the difference between two rows."""
+    file = tmp_path / "figures.json"
+    own = ["--variants", "eager,engine", "--micro_batches", "2", "--seconds", "0.01", "--json", str(file)]
+    assert cli.main(["bench", "train", *TINY, *own, "--train.global_batch", "4", "--train.zero_stage", "2"]) == 0
+    bare, engine = json.loads(file.read_text())["rows"]
+    assert engine["images_per_s"] > 0
+    assert (bare["accumulate"], engine["accumulate"], engine["zero_stage"]) == (2, 2, 2)
+    assert engine["difference"] < 1e-5
+    assert engine["classes"]["matrix products"] > 0
+
+
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ConfigError, match="--variants fastest: take some of released, eager"):
         network.check_variants(["eager", "fastest"])
+    with pytest.raises(ConfigError, match="--variants engine"):
+        network.check_variants(["engine"], without=("engine",))
 
 
 def test_the_kernels_bench_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
