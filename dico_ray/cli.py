@@ -25,8 +25,12 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.strip("[]()").split(","))
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.strip("[]()").split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
 
 
 class Option(NamedTuple):
@@ -63,7 +67,7 @@ _BENCH_SAMPLE = (
     Option("--images", int, 64, "images that each measurement generates on an actor"),
     Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
     Option("--vae", str, "random", "beside random weights: random (of Stable Diffusion's sizes), or codec (codec.vae)"),
-    Option("--actors", _whole_numbers, (1,), "sizes of the pools to compare, as [1,2,4]"),
+    Option("--actors", _integers, "1", "sizes of the pools to compare, as [1,2,4]"),
     Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
 )
@@ -72,6 +76,15 @@ _BENCH_ENCODE = (
     Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
     Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
+)
+_BENCH_KERNELS = (
+    Option("--micro_batches", _integers, "64", "images at a time; each is measured, as [32,64,96]"),
+    Option("--seconds", float, 5.0, "seconds for which each is timed, at least"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_NETWORK = (
+    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network; engine is one more"),
+    *_BENCH_KERNELS,
 )
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
@@ -143,6 +156,12 @@ VERBS: dict[str, Verb] = {
                          ("model", "codec", "encode", "storage", "resources"), _BENCH_ENCODE),
     "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
                          ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
+    "bench train": Verb("bench.train", "images/s of training on one GPU: released, compiled, fused, and a DiT",
+                        ("run", "model", "train", "resources"), _BENCH_NETWORK),
+    "bench forward": Verb("bench.forward", "the same of the network's forward pass alone",
+                          ("run", "model", "resources"), _BENCH_NETWORK),
+    "bench kernels": Verb("bench.kernels", "each Triton kernel beside the time that its bytes take, on one GPU",
+                          ("model", "resources"), _BENCH_KERNELS),
 }  # fmt: skip
 
 

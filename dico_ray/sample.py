@@ -24,7 +24,7 @@ from dico_ray.data.generated import IMAGES, ImageSet, Range, gaps, image_set, to
 from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion import Diffusion, Guidance, Sampler, Solver, make_sampler
 from dico_ray.diffusion.noise import Stream, integers, normal
-from dico_ray.models import compile_blocks
+from dico_ray.models import compile_blocks, use_kernels
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
@@ -167,6 +167,7 @@ class SampleActor:
             check_codec(checkpoint, self.vae)
         self._about = model_of(checkpoint)
         self.network = load_network(checkpoint, config).to(self.device)
+        print(use_kernels(self.network, config.model.kernels, self.device))
         self._compiled = gpu and config.sample.compile
         if self._compiled:
             compile_blocks(self.network)

@@ -35,7 +35,7 @@ def run(task: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from dico_ray.models import compile_blocks
+    from dico_ray.models import compile_blocks, use_kernels
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
@@ -49,6 +49,7 @@ def run(task: dict[str, Any]) -> None:
     took = _Stopwatch()
     model = _model(config)
     took("network")
+    kernels = use_kernels(model, config.model.kernels, device, config.train.zero_stage)
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
     engine = Engine(model, config.train, device)
@@ -67,6 +68,7 @@ def run(task: dict[str, Any]) -> None:
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
     with WorkerReport(config, task, engine, ema, start, took) as report:
+        report.tell({"event": "kernels", "text": kernels})
         train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
 
 
@@ -177,6 +179,11 @@ class WorkerReport:
             writer.poll()
         # Ray's controller leaves the notice in each worker; the public call asks every rank, and takes milliseconds.
         return bool(self._stop) or get_train_context().preemption_context.preemption_info is not None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event of rank 0: what the other ranks say alike is said once."""
+        if self._engine.rank == 0:
+            self._event(event)
 
     def _event(self, event: dict[str, Any]) -> None:
         self._recorder.event.remote(event)
