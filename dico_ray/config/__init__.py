@@ -14,12 +14,13 @@ from dico_ray.config.evaluation import Evaluate
 from dico_ray.config.model import ARCHITECTURES, Architecture, Model
 from dico_ray.config.run import Resources, Run, StorageSettings
 from dico_ray.config.sampling import Sample
+from dico_ray.config.sweep import SCALE, Sweep
 from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
-    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode", "Evaluate",
-    "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings", "Train",
-    "UserError", "is_profile_name",
+    "ARCHITECTURES", "SCALE", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode",
+    "Evaluate", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings",
+    "Sweep", "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class Config(Section):
     train: Train = Field(default_factory=lambda: Train.model_validate({}))
     sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
+    sweep: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
 
     @model_validator(mode="after")
