@@ -195,7 +195,8 @@ class _Runner:
         rate = trials.rounded(found.winner.expected[0])
         trial = trials.make(self.config, found.winner.scale, {"train.lr": rate, **others})
         print(f"sweep: checking the winner: {trial.scale} at learning rate {rate:g}")
-        self._run([(trial, trial.config.train.steps)])
+        job = Job.of(trial, trial.config.train.steps, self.metric, self.config.sweep.tail, checks=True)
+        self._run_jobs([job])
         return outcome(trial, None, self.metric, self.config.sweep.tail)
 
     def _run(self, wanted: list[tuple[Trial, int]]) -> None:

@@ -25,18 +25,22 @@ RECORD = "trial.json"
 
 @dataclass(frozen=True)
 class Job:
-    """A trial to be taken to a step. config, settings: plain values, as they travel and are kept in trial.json."""
+    """A trial to be taken to a step. config, settings: plain values, as they travel and are kept in trial.json.
+
+    checks: it is the winner's, trained to check what was found, and no part of that.
+    """
 
     scale: str
     settings: dict[str, Any]
     config: dict[str, Any]
     metric: str
     tail: float
+    checks: bool = False
 
     @classmethod
-    def of(cls, trial: Trial, steps: int, metric: str, tail: float) -> Job:
+    def of(cls, trial: Trial, steps: int, metric: str, tail: float, checks: bool = False) -> Job:
         settings = {"train.lr": trial.lr, **dict(trial.others)}
-        return cls(trial.scale, settings, trial.to(steps).model_dump(), metric, tail)
+        return cls(trial.scale, settings, trial.to(steps).model_dump(), metric, tail, checks)
 
     @classmethod
     def all(cls, config: Config, scale: str, metric: str) -> list[Job]:
@@ -45,7 +49,7 @@ class Job:
         folder = Storage(config.run.folder).at("trials")
         for name in folder.folders():
             record = _record(folder.at(name))
-            if record and record["scale"] == scale:
+            if record and record["scale"] == scale and not record["checks"]:
                 trial = trials.make(config, scale, record["settings"])
                 if trial.key == name:
                     found.append(cls.of(trial, trial.config.train.steps, metric, config.sweep.tail))
@@ -109,7 +113,7 @@ def _run(job: Job) -> None:
     # Outside of the trial's placement group, which would hold all that training starts, and has no room for it.
     actor_class: Any = ray.remote(num_cpus=0)(_Training)
     actor = actor_class.options(scheduling_strategy="DEFAULT", max_concurrency=2).remote()
-    record = {"scale": job.scale, "settings": job.settings, "steps": 0, "diverged": False}
+    record = {"scale": job.scale, "settings": job.settings, "checks": job.checks, "steps": 0, "diverged": False}
     if not job.run.exists(RECORD):
         job.run.write(RECORD, json.dumps(record).encode())
     kind, text = ray.get(actor.run.remote(job.config))

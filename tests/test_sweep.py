@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,9 +96,7 @@ def test_what_comes_out(swept: Config, latents: Path) -> None:
     assert "sweep" not in yaml.safe_load((folder / "best.yaml").read_text())
     page = (folder / "sweep.html").read_text()
     assert page.count("<svg") == 3
-    assert "src=" not in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", "").replace("https://matplotlib.org", "")  # fmt: skip
+    assert not re.search(r"(src|href)=\"(?!#)", page)
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(folder.rglob("*.pkl"))
 

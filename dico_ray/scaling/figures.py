@@ -108,6 +108,9 @@ def _figure(size: tuple[float, float]) -> Any:
 
 
 def _draw(axes: Any, panel: Callable[..., None], found: Found, verified: Result | None) -> None:
+    from matplotlib.ticker import NullFormatter
+
     panel(axes, found, verified)
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.title.set_fontsize(10)

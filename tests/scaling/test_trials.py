@@ -83,7 +83,7 @@ def test_a_best_rate_at_an_end_asks_for_one_more_beyond_it() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"space": {"train.weight_decai": [1]}}, r"sweep\.space: train\.weight_decai is not a setting; did you mean train\.weight_decay"),
+        ({"space": {"train.weight_decai": [1]}}, r"weight_decai is not a setting; did you mean train\.weight_decay"),
         ({"space": {"train.weight_decay": []}}, r"train\.weight_decay: \[\] is empty"),
         ({"space": {"train.weight_decay": 3}}, r"train\.weight_decay: 3 is empty or no list"),
         ({"space": {"train.weight_decay": [-1]}}, r"train\.weight_decay: -1"),
