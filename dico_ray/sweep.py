@@ -32,6 +32,7 @@ from dico_ray.sweep_trial import Job, outcome, run_point, run_trial
 
 SWEEP, BEST, REPORT, PICTURE = "sweep.json", "best.yaml", "sweep.html", "sweep.png"
 _TUNE = "tune"  # Tune's own files, of no use afterwards
+_QUIET_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}  # no logs and tables of its own
 
 
 class SweepFailedError(UserError):
@@ -149,7 +150,7 @@ class _Runner:
         for rung in range(self.config.sweep.rungs):
             self._run([(t, trials.rung_steps(t.config)[rung]) for some in alive.values() for t in some])
             if rung + 1 < self.config.sweep.rungs:
-                for scale, some in alive.items():
+                for scale, some in ((scale, some) for scale, some in alive.items() if some):
                     steps = trials.rung_steps(some[0].config)[rung]
                     values = {t.key: outcome(t, steps, self.metric, self.config.sweep.tail).value for t in some}
                     alive[scale] = trials.survivors(some, values, self.config.sweep.eta)
@@ -238,10 +239,11 @@ class _Runner:
 
     def _tune(self, trainable: Any, space: dict[str, Any], config: Config, count: int, search: Any = None) -> Any:
         """Runs trials through Tune, as many at once as the cluster holds. Tune's own actors take a byte of it."""
-        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        for name, value in _QUIET_TUNE.items():
+            os.environ.setdefault(name, value)
         folder, most = Storage(self.config.run.folder), self.at_once(config)
         print(
-            f"sweep: {count} trials on {config.train.num_workers} workers each, {min(most, count)} at a time",
+            f"sweep: {count} trials on {config.train.num_workers} worker(s) each, {min(most, count)} at a time",
             flush=True,
         )
         folder.remove(_TUNE)
@@ -291,8 +293,11 @@ class _Tell(tune.Callback):
             step = f"step {told['steps']}"
             print(f"sweep: {self._ended}/{self._count} {told['trial']}: {value} at {step}", flush=True)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        print(f"sweep: the process of a trial died; it continues at its checkpoint (failure {trial.num_failures})")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        print(f"sweep: the process of a trial died ({trial.num_failures} times)", flush=True)
+        print(f"sweep: the process of a trial died; it is given up (failure {trial.num_failures})")
 
 
 def _domain(values: Any) -> Any:
