@@ -32,6 +32,8 @@ from dico_ray.sweep_trial import Job, outcome, run_point, run_trial
 
 SWEEP, BEST, REPORT, PICTURE = "sweep.json", "best.yaml", "sweep.html", "sweep.png"
 _TUNE = "tune"  # Tune's own files, of no use afterwards
+# A trial is some ten small processes: on few cores Ray would warn of their number, again and again.
+_MANY_PROCESSES = ("RAY_worker_maximum_startup_concurrency", "16")
 _QUIET_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}  # no logs and tables of its own
 
 
@@ -55,6 +57,8 @@ def main(config: Config, *, verbose: bool = False) -> None:
         raise ConfigError(
             "sweep.search: optuna is not installed; pip install 'dico-ray[sweep]', or take grid or random"
         )
+    if not verbose:
+        os.environ.setdefault(*_MANY_PROCESSES)
     cluster.connect(verbose)
     runner = _Runner(config, metric, cluster.uses_gpu(config.resources))
     for some in first.values():

@@ -30,7 +30,7 @@ class Sweep(Section):
     "Least and largest learning rate, as [low,high]; widened where the best one lies at an end."
     points: int = Field(5, ge=3)
     "Learning rates of each scale: spaced evenly in the logarithm (grid), drawn (random), or searched (optuna)."
-    space: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Any] = Field({})
     "Other settings to vary, as {train.weight_decay: [0, 0.1]}; also {low: 0, high: 0.1, log: false} if not a grid."
     search: Literal["grid", "random", "optuna"] = "grid"
     "How points are chosen; optuna needs the extra `sweep`."
