@@ -9,6 +9,7 @@ each other, and would end a small model for being small.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -223,13 +224,14 @@ class _Runner:
         """A scale's trials as Optuna suggests them, one after another; it is told of those that there are already."""
         from ray.tune.search.optuna import OptunaSearch
 
-        done = Job.all(self.config, scale, self.metric)
-        self._run_jobs(done)  # those that an earlier command left unfinished
+        low, high = self.config.sweep.lr
+        space: dict[str, Any] = {"train.lr": tune.loguniform(low, high)}
+        space |= {path: _domain(values) for path, values in self.config.sweep.space.items()}
+        begun = Job.all(self.config, scale, self.metric)
+        self._run_jobs(begun)  # those that an earlier command left unfinished
+        done = [j for j in begun if low <= j.settings["train.lr"] <= high and set(j.settings) == set(space)]
         left = self.config.sweep.points - len(done)
         if left > 0:
-            low, high = self.config.sweep.lr
-            space: dict[str, Any] = {"train.lr": tune.loguniform(low, high)}
-            space |= {path: _domain(values) for path, values in self.config.sweep.space.items()}
             known = {"points_to_evaluate": [j.settings for j in done], "evaluated_rewards": [j.value() for j in done]}
             search = OptunaSearch(
                 OptunaSearch.convert_search_space(space), metric="value", mode="min",
@@ -237,9 +239,9 @@ class _Runner:
             )  # fmt: skip
             point = partial(run_point, self.config.model_dump(), scale, self.metric)
             ended = self._tune(point, {}, trials.planned(self.config, scale)[0].config, left, search)
-            done = Job.all(self.config, scale, self.metric)
-            self._check(ended, sum(job.is_done() for job in done) >= self.config.sweep.points)
-        return [trials.make(self.config, scale, job.settings) for job in done]
+            begun = Job.all(self.config, scale, self.metric)
+            self._check(ended, sum(job.is_done() for job in begun) >= len(done) + left)
+        return [trials.make(self.config, scale, job.settings) for job in begun]
 
     def _tune(self, trainable: Any, space: dict[str, Any], config: Config, count: int, search: Any = None) -> Any:
         """Runs trials through Tune, as many at once as the cluster holds. Tune's own actors take a byte of it."""
@@ -292,7 +294,7 @@ class _Tell(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         told = trial.last_result or {}
         self._ended += 1
-        if "value" in told:
+        if "steps" in told:
             value = f"{self._metric} {told['value']:.4f}" if np.isfinite(told["value"]) else "diverged"
             step = f"step {told['steps']}"
             print(f"sweep: {self._ended}/{self._count} {told['trial']}: {value} at {step}", flush=True)
@@ -312,8 +314,6 @@ def _domain(values: Any) -> Any:
 
 def _write(found: Found, verified: Result | None) -> None:
     """best.yaml, sweep.json, the HTML report and its picture, into the sweep's folder."""
-    import json
-
     folder = Storage(found.config.run.folder)
     rate = trials.rounded(found.winner.expected[0])
     best = trials.make(
