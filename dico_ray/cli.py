@@ -130,6 +130,8 @@ VERBS: dict[str, Verb] = {
                    ("run", "codec", "sample", "storage", "resources")),
     "evaluate": Verb("evaluate", "images, or a checkpoint -> FID, sFID, IS, precision, recall, on a pool of actors",
                      ("run", "codec", "sample", "evaluate", "storage", "resources"), _EVALUATE),
+    "sweep": Verb("sweep", "learning rates x scales -> the best run, and how loss scales (Ray Tune around train)",
+                  ("run", "model", "data", "train", "sweep", "storage", "resources")),
     "import": Verb("weights:run_import", "released DiCo weights -> a run's checkpoint, to sample from",
                    ("run", "model", "codec", "storage"), _IMPORT),
     "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",

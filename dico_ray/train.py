@@ -178,7 +178,7 @@ class _Launch:
 
     def _failed(self, error: Exception, failures: int) -> None:
         """Notes a failure. Raises what ended the run, if that is not worth another attempt."""
-        cause, most = _cause(error), self.config.train.max_failures
+        cause, most = cause_of(error), self.config.train.max_failures
         text = str(cause) if cause else _deaths(error)
         ray.get(self.keeper.event.remote({"event": "failure", "count": failures, "text": text}))
         if isinstance(cause, FencedError):
@@ -263,7 +263,7 @@ def _passed_over(run: Storage) -> list[int]:
     return json.loads(run.read(PASSED_OVER)) if run.exists(PASSED_OVER) else []
 
 
-def _cause(error: BaseException) -> UserError | None:
+def cause_of(error: BaseException) -> UserError | None:
     """A worker's own explanation, if one of them gave it."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = failure

@@ -16,12 +16,13 @@ from dico_ray.config.hardware import Hardware
 from dico_ray.config.model import ARCHITECTURES, Architecture, Model
 from dico_ray.config.run import Resources, Run, StorageSettings
 from dico_ray.config.sampling import Sample
+from dico_ray.config.sweep import SCALE, Sweep
 from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
-    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Cluster", "Codec", "Config", "ConfigError", "Data", "Encode",
-    "Evaluate", "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section",
-    "StorageSettings", "Train", "UserError", "is_profile_name",
+    "ARCHITECTURES", "SCALE", "WIDEST_PROFILE", "Architecture", "Cluster", "Codec", "Config", "ConfigError", "Data",
+    "Encode", "Evaluate", "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section",
+    "StorageSettings", "Sweep", "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -39,6 +40,7 @@ class Config(Section):
     train: Train = Field(default_factory=lambda: Train.model_validate({}))
     sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
+    sweep: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     hardware: Hardware = Field(default_factory=lambda: Hardware.model_validate({}))
     cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
