@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from dico_ray import storage
+from dico_ray import job, storage
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.recipes import RECIPES, resolve
 from dico_ray.settings import SECTION_NAMES, Setting, fields, nearest
@@ -186,7 +186,8 @@ def _value(field: Setting, text: str) -> Any:
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError:
-        raise ConfigError(f"--{field.path} {text}: write a list as [1,2], named values as {{a: 1}}") from None
+        shown = "" if field.path == "storage.options" else f" {text}"  # keys may stand in it
+        raise ConfigError(f"--{field.path}{shown}: write a list as [1,2], named values as {{a: 1}}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(f"{verb!r} is not a verb; take one of {', '.join(VERBS)}")
     try:
         config, own = parse(verb, words[length:])
+        if warning := job.check(verb, config, words[length:]):
+            print(f"{verb}: {warning}", flush=True)
         storage.configure(config.storage)
         module, _, function = VERBS[verb].module.partition(":")
         getattr(importlib.import_module(f"dico_ray.{module}"), function or "main")(config, **own)

@@ -61,7 +61,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         return
     plans = plan_shards(config, images)
     done = _finished(target, began)
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu = cluster.uses_gpu(config.resources)
     actors = config.resources.actors
     cluster.require(

@@ -50,7 +50,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     if target.exists(name) and json.loads(target.read(name)).get("provenance") == record:
         print(f"evaluate: {target.path(name)} has this result: nothing to do")
         return
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     totals = _measure(config, folders, {"images": images, "reference": Storage(reference)})
     result = {
         "frechet_distance": frechet_distance(*totals["images"].compute(), *totals["reference"].compute()),

@@ -42,7 +42,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         return
     if not checkpoint.about["codec"]["hash"]:
         print(f"sample: the checkpoint does not tell its autoencoder: {config.codec.vae} decodes, unchecked")
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu = cluster.uses_gpu(config.resources)
     actors = config.resources.actors
     cluster.require(

@@ -56,7 +56,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
     run.write(CONFIG, config.to_yaml().encode())
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
     cluster.require(
         least * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
