@@ -66,6 +66,13 @@ _EMA = (
     Option("--sigma", float, None, "relative width of the average, in (0, 0.28), with up to three decimals"),
     Option("--step", int, 0, "optimizer step of the average; 0: the last snapshot's"),
 )
+_DOCTOR = (
+    Option("--json", str, "", "file for the findings"),
+    Option("--megabytes", int, 64, "size of the file that each node writes to the storage and reads back"),
+    Option("--chunks", int, 16, "chunks of the data set that are read and checked"),
+    Option("--timeout", float, 120.0, "seconds that one examination may take"),
+)
+_STATUS = (Option("--watch", float, 0.0, "seconds between looks, until Ctrl-C or the run's end; 0: look once"),)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -85,6 +92,10 @@ VERBS: dict[str, Verb] = {
                    ("run", "codec", "sample", "storage"), _EXPORT),
     "plan": Verb("operate.plan", "parameters, multiply-adds, memory, bytes of shards, before anything starts",
                  ("run", "model", "data", "train")),
+    "doctor": Verb("operate.doctor", "a live cluster, storage and data set, examined before GPUs are spent on them",
+                   ("run", "model", "data", "train", "storage", "resources"), _DOCTOR),
+    "status": Verb("operate.status", "a run's progress, rate, loss, goodput, last checkpoint, time left",
+                   ("run", "storage"), _STATUS),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
     "data info": Verb("data.info", "what a set of latent shards is",

@@ -96,7 +96,7 @@ def test_a_stopped_job_commits_and_the_same_submission_continues_at_that_step(cl
         assert starts[-1] == stopped
         assert len(cluster.workers("RayTrainWorker")) == 2
         cluster.ray("job", "stop", job)
-        assert "STOPPED" in (status := cluster.ray("job", "status", job).stdout), status
+        assert "was stopped" in (status := cluster.ray("job", "status", job).stdout), status
         text = cluster.ray("job", "logs", job).stdout
         assert "train: SIGTERM: saving a checkpoint" in text
         assert "Traceback" not in text
