@@ -36,7 +36,7 @@ class Gauges:
     def set(self, numbers: Mapping[str, Any]) -> None:
         """What is no finite number is left out: Ray does not export it."""
         with self._lock:
-            self._numbers |= {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+            self._numbers |= {k: float(v) for k, v in numbers.items() if isinstance(v, int | float) and k != "time"}
             self._export()
 
     def add(self, name: str, amount: float = 1.0) -> None:

@@ -111,6 +111,7 @@ class Recorder:
         """metrics: plain numbers by name; `step` among them."""
         assert self._log
         metrics = {**metrics, **self._goodput.add(metrics), "object_store_mb": ingest.object_store_use()[0] / 1e6}
+        metrics["time"] = time.time()
         self._latest = metrics
         for log in (self._log, *self._trackers):
             log.log(metrics)

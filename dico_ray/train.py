@@ -66,8 +66,13 @@ def main(config: Config, *, verbose: bool = False) -> None:
     )
     ingest.check_memory(config, manifest)
     keeper = recorder.start(config)
-    with _stopping(keeper), _display(config, keeper, last.step if last else 0):
-        end = _Launch(config, manifest, keeper, gpu).run()
+    try:
+        with _stopping(keeper), _display(config, keeper, last.step if last else 0):
+            end = _Launch(config, manifest, keeper, gpu).run()
+    except UserError as error:
+        ray.get(keeper.event.remote({"event": "end", "text": str(error)}))
+        raise
+    ray.get(keeper.event.remote({"event": "end", "text": f"trained to step {end.step}"}))
     ray.get(keeper.close.remote())
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
 

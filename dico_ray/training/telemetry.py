@@ -38,7 +38,7 @@ class MetricsLog:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """metrics: plain numbers by name, `step` among them."""
+        """metrics: plain numbers by name, `step` among them, and perhaps `time`, which TensorBoard keeps by itself."""
         self._lines.append(json.dumps(metrics))
         if self._storage.is_local:
             with open(self._storage.path(METRICS), "a", encoding="utf-8") as file:
@@ -46,7 +46,7 @@ class MetricsLog:
         else:
             self._write_lines()
         for name, value in metrics.items():
-            if name != "step":
+            if name not in ("step", "time"):
                 self._board.add_scalar(name, value, metrics["step"])
         self._board.flush()
         self._upload_board()

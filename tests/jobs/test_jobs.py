@@ -3,62 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from dico_ray.demo.digits import load_digits
 from dico_ray.job import STOP_WAIT
 from dico_ray.settings import read_yaml
 from tests.clusters import ROOT, Cluster, until
-from tests.clusters import cluster as start_cluster
 from tests.s3 import BUCKET, KEY, SECRET, server
+from tests.watching import Prometheus
 
 pytestmark = pytest.mark.ray
 RUNTIME_ENV = ("--runtime-env", str(ROOT / "jobs" / "runtime_env.yaml"))
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head and a worker node of two CPUs each."""
-    with start_cluster(tmp_path_factory.mktemp("r")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file for a run of four steps on forty digits, and their images."""
-    root = tmp_path_factory.mktemp("job")
-    pixels, labels = load_digits()
-    for label in range(10):
-        (root / "digits" / str(label)).mkdir(parents=True)
-        for i, image in enumerate(pixels[labels == label][:4]):
-            Image.fromarray(image).save(root / "digits" / str(label) / f"{i}.png")
-    config = {
-        "recipe": "tiny-cpu",
-        "run": {"storage": str(root / "runs"), "name": "job"},
-        "model": {"hidden_size": 8, "depths": [1] * 5},
-        "data": {"latents": str(root / "latents"), "window_samples": 16},
-        "encode": {"images": str(root / "digits"), "shard_samples": 20},
-        "train": {"global_batch": 8, "steps": 4, "warmup_steps": 1, "log_every": 1},
-        "sample": {"count": 20, "steps": 2, "batch_size": 10, "grid_rows": 2},
-        "evaluate": {"reference": str(root / "digits")},
-    }
-    (root / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
-    return root
-
-
-def test_every_verb_runs_as_a_job(cluster: Cluster, settings: Path) -> None:
-    for verb in ("encode", "train", "sample", "evaluate"):
-        job = cluster.submit(f"{verb}.py", "--config", str(settings / "run.yaml"))
+def test_every_verb_runs_as_a_job(done: dict[str, subprocess.CompletedProcess[str]], settings: Path) -> None:
+    for job in done.values():
         assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
         assert "succeeded" in job.stdout + job.stderr
     run = settings / "runs" / "job"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 201)
+    )
     assert len(list((run / "samples" / "images").rglob("*.png"))) == 20
     assert json.loads((run / "evaluation.json").read_text())["frechet_distance"] > 0
 
@@ -79,7 +49,9 @@ def last_step(run: Path) -> int:
     return found[-1]["step"] if found else 0
 
 
-def test_a_stopped_job_commits_and_the_same_submission_continues_at_that_step(cluster: Cluster, settings: Path) -> None:
+def test_a_stopped_job_commits_and_the_same_submission_continues_at_that_step(
+    cluster: Cluster, settings: Path, done: Any
+) -> None:
     """Two workers, one on each node. After the stop no process of the job is left."""
     run = settings / "runs" / "stopped"
     command = (
@@ -116,7 +88,9 @@ def test_outputs_inside_the_job_s_copy_are_refused_and_a_short_stop_is_told(clus
     assert "train: `ray job stop` leaves 3 s before it kills" in done.stdout
 
 
-def test_no_key_is_in_anything_that_a_run_leaves_behind(cluster: Cluster, settings: Path, tmp_path: Path) -> None:
+def test_no_key_is_in_anything_that_a_run_leaves_behind(
+    cluster: Cluster, settings: Path, done: Any, tmp_path: Path
+) -> None:
     """A job trains from and into a real S3 server with keys in its config file; then all is searched for the key."""
     with server(tmp_path) as s3:
         client = s3.client()
@@ -151,6 +125,28 @@ def test_no_key_is_in_anything_that_a_run_leaves_behind(cluster: Cluster, settin
                  "gcs_server", "raylet", "worker-", "job-driver-secret"):  # fmt: skip
         assert part in names, f"nothing of {part} was searched"
     assert [name for name, data in found.items() if SECRET.encode() in data] == []
+
+
+def test_every_query_of_the_dashboard_names_what_prometheus_scraped(
+    done: dict[str, Any], watch: Prometheus, settings: Path
+) -> None:
+    """Of the jobs above. Ray's agents told it, and the head's list of nodes led to them."""
+    board = json.loads((ROOT / "cluster" / "grafana" / "dico-ray.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    queries += [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
+    named = {name for query in queries for name in re.findall(r"dico_ray_\w+", query)}
+    scraped = watch.names()
+    assert named - scraped == set()
+    for query in queries:
+        if not query.startswith("label_values"):
+            watch.query(query.replace("$run", ".*"))  # what Prometheus cannot parse it refuses
+    rules = (ROOT / "cluster" / "prometheus" / "alerts.yaml").read_text()
+    assert set(re.findall(r"dico_ray_\w+[a-z]\b", rules.replace("dico_ray_lost_*_s", ""))) - scraped == set()
+    verbs = {found["metric"]["verb"] for found in watch.query('max_over_time(dico_ray_work_total{run="job"}[1h])')}
+    assert verbs == {"encode", "train", "sample", "evaluate"}
+    logged = lines(settings / "runs" / "job" / "metrics.jsonl")
+    (last,) = watch.query('last_over_time(dico_ray_step{run="job"}[1h])')
+    assert float(last["value"][1]) <= logged[-1]["step"]
 
 
 def test_the_runtime_environment_asks_for_time_and_holds_no_key() -> None:
