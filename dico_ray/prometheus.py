@@ -21,7 +21,7 @@ PREFIX = "dico_ray_"
 
 
 class Gauges:
-    """Numbers of this process under dico_ray_NAME, set again every second until `close`.
+    """Numbers of this process under ray_dico_ray_NAME (Ray puts ray_ before all), set again every second until `close`.
 
     labels: of all of them. live: numbers that change by themselves, such as ages; asked for each time.
     """
@@ -67,7 +67,7 @@ _counters: dict[str, Counter] = {}
 
 
 def count(name: str, amount: float, run: str) -> None:
-    """Adds to the counter dico_ray_NAME_total of this process: Ray's agent adds up what processes counted."""
+    """Adds to the counter ray_dico_ray_NAME_total of this process: Ray's agent adds up what processes counted."""
     if name not in _counters:
         _counters[name] = Counter(f"{PREFIX}{name}", name.replace("_", " "), ("run",))
     if amount > 0:
@@ -78,7 +78,7 @@ _work: dict[str, Gauges] = {}
 
 
 def export_progress(run: str) -> None:
-    """From now on every progress line of this process is exported too, as dico_ray_work_* with the label `verb`."""
+    """From now on every progress line of this process is exported too, as ray_dico_ray_work_* with the label `verb`."""
 
     def note(what: str, done: int, total: int, rate: float) -> None:
         if what not in _work:

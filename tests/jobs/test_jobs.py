@@ -88,6 +88,7 @@ def test_outputs_inside_the_job_s_copy_are_refused_and_a_short_stop_is_told(clus
     assert "train: `ray job stop` leaves 3 s before it kills" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_key_is_in_anything_that_a_run_leaves_behind(
     cluster: Cluster, settings: Path, done: Any, tmp_path: Path
 ) -> None:
@@ -134,18 +135,18 @@ def test_every_query_of_the_dashboard_names_what_prometheus_scraped(
     board = json.loads((ROOT / "cluster" / "grafana" / "dico-ray.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     queries += [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
-    named = {name for query in queries for name in re.findall(r"dico_ray_\w+", query)}
+    named = {name for query in queries for name in re.findall(r"ray_dico_ray_\w+", query)}
     scraped = watch.names()
     assert named - scraped == set()
     for query in queries:
         if not query.startswith("label_values"):
             watch.query(query.replace("$run", ".*"))  # what Prometheus cannot parse it refuses
     rules = (ROOT / "cluster" / "prometheus" / "alerts.yaml").read_text()
-    assert set(re.findall(r"dico_ray_\w+[a-z]\b", rules.replace("dico_ray_lost_*_s", ""))) - scraped == set()
-    verbs = {found["metric"]["verb"] for found in watch.query('max_over_time(dico_ray_work_total{run="job"}[1h])')}
+    assert set(re.findall(r"ray_dico_ray_\w+[a-z]\b", rules.replace("ray_dico_ray_lost_*_s", ""))) - scraped == set()
+    verbs = {found["metric"]["verb"] for found in watch.query('max_over_time(ray_dico_ray_work_total{run="job"}[1h])')}
     assert verbs == {"encode", "train", "sample", "evaluate"}
     logged = lines(settings / "runs" / "job" / "metrics.jsonl")
-    (last,) = watch.query('last_over_time(dico_ray_step{run="job"}[1h])')
+    (last,) = watch.query('last_over_time(ray_dico_ray_step{run="job"}[1h])')
     assert float(last["value"][1]) <= logged[-1]["step"]
 
 
