@@ -13,11 +13,12 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitt
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _RAYS_STOP_WAIT_S = 3.0  # where the job's environment says nothing
 LEAST_STOP_WAIT_S = 60.0  # a step, a copy to memory and an upload have to fit into it
-#            what a verb writes, where that is not the run's folder; the first one that is set
+#            where a verb writes: the first of these settings that is set
 _OUTPUTS = {
     "encode": ("data.latents",),
     "sample": ("sample.output", "run.storage"),
     "evaluate": ("evaluate.output", "run.storage"),
+    **dict.fromkeys(("train", "sweep", "ema", "import", "report"), ("run.storage",)),
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def check(verb: str, config: Config, words: Sequence[str]) -> str:
 
 
 def _check_outputs(verb: str, config: Config) -> None:
-    for path in _OUTPUTS.get(verb, ("run.storage",)):
+    for path in _OUTPUTS.get(verb, ()):
         section, name = path.split(".")
         location = getattr(getattr(config, section), name)
         if not location:

@@ -45,6 +45,10 @@ def test_outputs_elsewhere_are_fine(submitted: Path, storage: str) -> None:
     assert job.check("train", build({"run": {"storage": storage}}), []) == ""
 
 
+def test_a_verb_that_writes_nothing_may_name_what_is_in_the_copy(submitted: Path) -> None:
+    assert job.check("plan", build({}), []) == ""
+
+
 def test_keys_on_the_command_line_are_refused_without_being_shown(submitted: Path) -> None:
     with pytest.raises(ConfigError, match="a job's command line stands in Ray's dashboard") as caught:
         job.check("train", build({}), ["--storage.options={secret: hush}"])
