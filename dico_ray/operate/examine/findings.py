@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Verdict = Literal["good", "warning", "bad", "unknown"]
@@ -38,21 +39,28 @@ def unless(fault: Verdict | None, check: str, where: str, found: str, mend: str)
 
 
 def table(findings: Sequence[Finding]) -> Table:
-    """Verdicts and mends for people."""
+    """A line a finding."""
     drawn = Table(box=None, pad_edge=False, show_edge=False)
-    for title in ("check", "node", "verdict", "found", "what to do"):
+    for title in ("check", "node", "verdict", "found"):
         drawn.add_column(title, overflow="fold")
     for f in findings:
-        drawn.add_row(f.check, f.where, f"[{_COLOURS[f.verdict]}]{f.verdict}[/]", f.found, f.mend)
+        drawn.add_row(escape(f.check), escape(f.where), f"[{_COLOURS[f.verdict]}]{f.verdict}[/]", escape(f.found))
     return drawn
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """In a terminal a table of its width; elsewhere wide lines, which logs keep whole."""
+    """The table, and below it what to do, a line each. In a terminal of its width; logs keep wide lines whole."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=240)
-    console.print(table(findings), markup=False)
+        console = Console(width=200)
+    console.print(table(findings))
+    mends: dict[str, list[str]] = {}
+    for f in findings:
+        if f.mend:
+            mends.setdefault(f"{f.check} ({f.verdict}): {f.mend}", []).append(f.where)
+    for mend, nodes in mends.items():
+        on = ", ".join(node for node in nodes if node)
+        console.print(f"{mend}{f' [{on}]' if on else ''}", markup=False, highlight=False, soft_wrap=True)
 
 
 def to_json(findings: Sequence[Finding], about: dict[str, Any]) -> str:

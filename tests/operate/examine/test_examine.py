@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dico_ray.operate.examine import content, facts, gpus, nodes, store, traffic
-from dico_ray.operate.examine.findings import Finding, good, to_json
+from dico_ray.operate.examine.findings import Finding, good, show, to_json
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 
@@ -198,3 +198,10 @@ def test_the_json_counts_verdicts() -> None:
     read = json.loads(text)
     assert read["verdicts"] == {"good": 1, "warning": 0, "bad": 1, "unknown": 0}
     assert read["findings"][1] == {"check": "b", "where": "n", "verdict": "bad", "found": "y", "mend": "z"}
+
+
+def test_the_table_shows_every_finding_and_each_mend_once(capsys: pytest.CaptureFixture[str]) -> None:
+    show([good("a", "", "[10] x"), Finding("b", "n", "bad", "y", "do z"), Finding("b", "m", "bad", "y2", "do z")])
+    said = capsys.readouterr().out
+    for part in ("[10] x", "y2", "b (bad): do z [n, m]"):
+        assert part in said
