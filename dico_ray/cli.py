@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from dico_ray import storage
+from dico_ray import job, storage
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.recipes import RECIPES, resolve
 from dico_ray.settings import SECTION_NAMES, Setting, fields, nearest
@@ -117,6 +117,13 @@ _RENDER = (
     Option("--crds", str, "", "KubeRay's schemas: a folder, URL or release (v1.6.0); unset: kubectl's cluster"),
 )
 _EVALUATE = (Option("--compare", str, (), "two results (.json): says in what choices and numbers they differ", 2),)
+_DOCTOR = (
+    Option("--json", str, "", "file for the findings"),
+    Option("--megabytes", int, 64, "size of the file that each node writes to the storage and reads back"),
+    Option("--chunks", int, 16, "chunks of the data set that are read and checked"),
+    Option("--timeout", float, 120.0, "seconds that one examination may take"),
+)
+_STATUS = (Option("--watch", float, 0.0, "seconds between looks, until Ctrl-C or the run's end; 0: look once"),)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -140,6 +147,10 @@ VERBS: dict[str, Verb] = {
                  ("run", "model", "data", "encode", "train", "hardware"), _PLAN),
     "render": Verb("operate.render", "Kubernetes manifests of a run (KubeRay), and the check of manifests",
                    ("run", "data", "train", "evaluate", "resources", "cluster"), _RENDER),
+    "doctor": Verb("operate.doctor", "a live cluster, storage and data set, examined before GPUs are spent on them",
+                   ("run", "model", "data", "train", "storage", "resources"), _DOCTOR),
+    "status": Verb("operate.status", "a run's progress, rate, loss, goodput, last checkpoint, time left",
+                   ("run", "storage"), _STATUS),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
     "data info": Verb("data.info", "what a set of latent shards is",
@@ -253,7 +264,8 @@ def _value(field: Setting, text: str) -> Any:
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError:
-        raise ConfigError(f"--{field.path} {text}: write a list as [1,2], named values as {{a: 1}}") from None
+        shown = "" if field.path == "storage.options" else f" {text}"  # keys may stand in it
+        raise ConfigError(f"--{field.path}{shown}: write a list as [1,2], named values as {{a: 1}}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -270,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(f"{verb!r} is not a verb; take one of {', '.join(VERBS)}")
     try:
         config, own = parse(verb, words[length:])
+        if warning := job.check(verb, config, words[length:]):
+            print(f"{verb}: {warning}", flush=True)
         storage.configure(config.storage)
         module, _, function = VERBS[verb].module.partition(":")
         getattr(importlib.import_module(f"dico_ray.{module}"), function or "main")(config, **own)

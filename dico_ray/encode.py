@@ -63,7 +63,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         return
     plans = plan_shards(config, images)
     done = _finished(target, began)
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu = cluster.uses_gpu(config.resources)
     cluster.require_pool(config.resources, gpu)
     left = [plan for plan in plans if plan.name not in done]

@@ -63,7 +63,7 @@ def main(config: Config, *, verbose: bool = False, compare: Sequence[str] = ()) 
     if target.exists(name) and json.loads(target.read(name)).get("provenance") == task.record:
         print(f"evaluate: {target.path(name)} has this result: nothing to do")
         return
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     result = score(config, task)
     target.write(name, json.dumps(result, indent=1).encode())
     _tell(result, target.path(name))

@@ -61,7 +61,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         output.write(_UNFINISHED, json.dumps(record, indent=1).encode())
     missing = gaps(count, images.held())
     if missing:
-        cluster.connect(verbose)
+        cluster.connect(verbose, config.run.name)
         _make(config, checkpoint, missing)
     where = images.finish(draw_labels(config.sample, len(classes), torch.arange(count)).numpy())
     shown = images.read(grid_indices(config, len(classes)))

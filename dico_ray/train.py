@@ -64,7 +64,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
     run.write(CONFIG, config.to_yaml().encode())
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
     cluster.require(
         least * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
@@ -75,10 +75,15 @@ def main(config: Config, *, verbose: bool = False) -> None:
     ingest.check_memory(config, manifest)
     keeper = recorder.start(config)
     beside = Evaluator(config, due, keeper) if due else None
-    with _stopping(keeper), _display(config, keeper, last.step if last else 0), beside or nullcontext():
-        end = _Launch(config, manifest, keeper, gpu, beside).run()
-        if beside:
-            beside.finish()
+    try:
+        with _stopping(keeper), _display(config, keeper, last.step if last else 0), beside or nullcontext():
+            end = _Launch(config, manifest, keeper, gpu, beside).run()
+            if beside:
+                beside.finish()
+    except UserError as error:
+        ray.get(keeper.event.remote({"event": "end", "text": str(error)}))
+        raise
+    ray.get(keeper.event.remote({"event": "end", "text": f"trained to step {end.step}"}))
     ray.get(keeper.close.remote())
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
 

@@ -35,7 +35,7 @@ class StorageSettings(Section):
     "URL of the store's server; unset: AWS_ENDPOINT_URL, or the provider's own."
     anonymous: bool = False
     "Ask without credentials (public buckets)."
-    options: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     "The library's own options, as {key: ..., secret: ...}; never written to config.yaml. Unset: environment variables."
     retry_s: float = Field(120.0, ge=0)
     "Seconds for which a failing request is tried again, with growing pauses."

@@ -40,7 +40,10 @@ class MetricsLog:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """metrics: plain numbers by name, `step` among them; of an evaluation also EVALUATED, and its step is past."""
+        """metrics: plain numbers by name, `step` among them, and perhaps `time`, which TensorBoard keeps by itself.
+
+        Those of an evaluation have EVALUATED too, and their step is past.
+        """
         self._lines.append(json.dumps(metrics))
         if self._storage.is_local:
             with open(self._storage.path(METRICS), "a", encoding="utf-8") as file:
@@ -48,7 +51,7 @@ class MetricsLog:
         else:
             self._write_lines()
         for name, value in metrics.items():
-            if name != "step":
+            if name not in ("step", "time"):
                 self._board.add_scalar(name, value, metrics["step"])
         self._board.flush()
         self._upload_board()
