@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dico_ray.config.base import PositiveInt, Probability, Section
 
+BUCKET_ELEMENTS = 50_000_000  # of gradients, reduced at a time; DeepSpeed's own default of 5e8 takes gigabytes
 WIDEST_PROFILE = 0.28  # sigma_rel ends at 1 / sqrt(12), where the profile is flat (arXiv 2312.02696)
 
 

@@ -180,7 +180,7 @@ def _data_lines(config: Config, plan: Plan) -> list[str]:
         f"shards       {traffic.shard_bytes(config, 1):,} bytes a sample, "
         f"{traffic.shard_bytes(config, IMAGENET) / 1e9:.1f} GB for ImageNet's {IMAGENET:,} images",
         f"checkpoint   {gb} (weights, two moments, {kept}; fp32), {train.keep_checkpoints} kept",
-        f"             {saving.part / 1e9:.2f} GB a worker, written {seconds} behind training, "
+        f"             {saving.part / 1e9:.2f} GB a worker, written {seconds} behind training,"
         f" which stands still {saving.stall_s:.2g} s (at the measured worker's rate)",
     ]
     if train.ema_snapshot_every:

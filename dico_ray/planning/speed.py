@@ -71,25 +71,26 @@ class Ladders:
     path: str
 
     def time(self, model: Model, gpu: Accelerator, micro_batch: int) -> Time:
-        found = [(self._estimate(row, model, gpu, micro_batch), row) for row in self.training]
+        found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
-        if row.what == measured.WHOLE and _same(row, model, gpu):
+        if row.what == measured.WHOLE and row.gpus == 1 and _same(row, model, gpu):
             between = self._bracket(row, micro_batch)
             if row.micro_batch == micro_batch:
                 basis = "measured"
             elif between:
                 basis, best = "interpolated", self._interpolate(*between, micro_batch)
         times = [seconds for seconds, _ in found] if basis == "extrapolated" else [best]
+        if self.path == "eager":
+            times.append(self._estimate(row, model, gpu, micro_batch, launches=0.0))
         launches = min(best, self.launches * sum(model.architecture.depths))
         return Time(best, launches, min(times), max(times), basis, row)
 
     @cached_property
     def training(self) -> list[Row]:
-        """The rows that forecasts rest on: one GPU's, or where blocks run eager, ZeRO stage 3, what there is."""
-        if self.path == "compiled":
-            return [row for row in self.rows if row.what in (measured.WHOLE, measured.BARE) and row.gpus == 1]
-        return [row for row in self.rows if row.what == measured.WHOLE_STAGE_3]
+        """The rows that forecasts rest on. Eager blocks are ZeRO stage 3's; several GPUs' rows hold collectives too."""
+        kinds = (measured.WHOLE, measured.BARE) if self.path == "compiled" else (measured.WHOLE_STAGE_3,)
+        return [row for row in self.rows if row.what in kinds]
 
     @cached_property
     def products_share(self) -> float:
@@ -119,7 +120,16 @@ class Ladders:
 
     @cached_property
     def launches(self) -> float:
-        """Seconds a block: where a line through the times at two micro-batches meets zero; 0 if none were measured."""
+        """Seconds a block: where a line through the times at two micro-batches meets zero; 0 if none were measured.
+
+        Of eager blocks at ZeRO stage 3 no such two were: all that the model of work does not explain is counted here.
+        """
+        if self.path == "eager":
+            return fmean(
+                max(0.0, self._seconds(row) - _micro(row) * self._work(_network(row), _gpu(row)))
+                / sum(_network(row).architecture.depths)
+                for row in self.training
+            )
         found = []
         for low, high in self._pairs():
             slope = (self._seconds(high) - self._seconds(low)) / (_micro(high) - _micro(low))
@@ -129,9 +139,9 @@ class Ladders:
 
     def _pairs(self) -> Iterator[tuple[Row, Row]]:
         """Least and most micro-batch of each network, GPU and kind that was measured at several."""
-        series: dict[tuple[str, str, str], list[Row]] = {}
+        series: dict[tuple[object, ...], list[Row]] = {}
         for row in sorted(self.training, key=_micro):
-            series.setdefault((row.model, row.gpu, row.what), []).append(row)
+            series.setdefault(_series(row), []).append(row)
         return ((rows[0], rows[-1]) for rows in series.values() if _micro(rows[0]) < _micro(rows[-1]))
 
     def _seconds(self, row: Row) -> float:
@@ -143,25 +153,24 @@ class Ladders:
         products = training_flops(model) / (self.products_share * gpu.peak_flops)
         return products + self.traffic * activation_bytes(model, self.path, 2) / gpu.bandwidth
 
-    def _estimate(self, row: Row, model: Model, gpu: Accelerator, micro_batch: int) -> float:
+    def _estimate(self, row: Row, model: Model, gpu: Accelerator, micro_batch: int, launches: float) -> float:
         other = _network(row)
-        work = self._seconds(row) - self.launches * sum(other.architecture.depths)
+        work = self._seconds(row) - launches * sum(other.architecture.depths)
         scale = self._work(model, gpu) / self._work(other, _gpu(row)) * micro_batch / _micro(row)
-        return self.launches * sum(model.architecture.depths) + work * scale
+        return launches * sum(model.architecture.depths) + work * scale
 
     def _distance(self, row: Row, model: Model, gpu: Accelerator, micro_batch: int) -> tuple[object, ...]:
-        """Nearest first: the same network, the same GPU, the whole path, then alike in work and in micro-batch."""
+        """Nearest first: one GPU's, the same network, GPU, the whole path, then alike in work and in micro-batch."""
         other = _network(row)
         apart = abs(math.log(self._work(model, gpu) / self._work(other, gpu)))
         return (
-            other.architecture != model.architecture, _gpu(row) != gpu, row.what == measured.BARE,
+            row.gpus, other.architecture != model.architecture, _gpu(row) != gpu, row.what == measured.BARE,
             apart, abs(math.log(micro_batch / _micro(row))),
         )  # fmt: skip
 
     def _bracket(self, row: Row, micro_batch: int) -> tuple[Row, Row] | None:
         """The neighbours on both sides, of the row's own network, GPU and kind."""
-        kind = (row.model, row.gpu, row.what)
-        series = [other for other in sorted(self.training, key=_micro) if (other.model, other.gpu, other.what) == kind]
+        series = [other for other in sorted(self.training, key=_micro) if _series(other) == _series(row)]
         below = [other for other in series if _micro(other) < micro_batch]
         above = [other for other in series if _micro(other) > micro_batch]
         return (below[-1], above[0]) if below and above else None
@@ -169,6 +178,11 @@ class Ladders:
     def _interpolate(self, low: Row, high: Row, micro_batch: int) -> float:
         share = (micro_batch - _micro(low)) / (_micro(high) - _micro(low))
         return self._seconds(low) + share * (self._seconds(high) - self._seconds(low))
+
+
+def _series(row: Row) -> tuple[object, ...]:
+    """What rows have in common that differ in the micro-batch alone."""
+    return row.model, row.gpu, row.what, row.gpus
 
 
 def _network(row: Row) -> Model:

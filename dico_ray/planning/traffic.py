@@ -3,8 +3,8 @@
 Collectives take bytes over bandwidth, as rings do, and a latency for each hop of a tree. What DeepSpeed sends
 (arXiv 1910.02054, section 7, differs at stages 1 and 2): at stages 0 and 1 the whole gradients once a step, after the
 last backward pass and hidden behind nothing; at stage 2 each micro-batch's whole gradients, bucket by bucket behind
-the backward pass; at stage 3 the weights before each forward and backward pass, and each micro-batch's gradients to
-their owners. Stages 1 and 2 then gather the new weights.
+the backward pass; at stage 3 the weights before each forward and backward pass (at most: it keeps what it needs again
+soon), and each micro-batch's gradients to their owners. Stages 1 and 2 then gather the new weights.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from dico_ray import measured
 from dico_ray.arithmetic import parameter_count
 from dico_ray.config import Config
+from dico_ray.config.train import BUCKET_ELEMENTS
 from dico_ray.data.shards import sample_bytes
 from dico_ray.planning.memory import gpu_of
 
-BUCKET = 50_000_000  # elements that DeepSpeed reduces, or gathers ahead, at a time
+_AFTERWARDS = 500_000_000  # elements that DeepSpeed reduces at a time where it does so after the backward pass
 _BACKWARD = 2 / 3  # of a step's arithmetic
 
 
@@ -53,7 +54,7 @@ def exchange(config: Config, workers: int, micros: int, compute_s: float) -> Exc
     value = 2 if train.precision == "bf16" else 4
     rate, hop = bandwidth(config, workers), config.hardware.latency_us * 1e-6 * math.ceil(math.log2(workers))
     part = (workers - 1) / workers
-    calls = math.ceil(count / BUCKET)
+    calls = math.ceil(count / (BUCKET_ELEMENTS if train.zero_stage >= 2 else _AFTERWARDS))
 
     def seconds(sent: float, times: int) -> float:
         return sent / rate + hop * times

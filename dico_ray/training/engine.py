@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_ray.config import Train
+from dico_ray.config.train import BUCKET_ELEMENTS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
-_BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default of 5e8 takes gigabytes
 _READERS = 8  # of a checkpoint, at a time
 
 
@@ -118,7 +118,7 @@ class Engine:
         zero: dict[str, Any] = {
             "stage": self._stage,
             "overlap_comm": gpu and self._stage >= 2 and self.world_size > 1,
-            "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS),
+            "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
         }
         if self._config.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}

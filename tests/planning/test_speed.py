@@ -95,6 +95,18 @@ def test_slower_gpus_take_longer() -> None:
     assert times == sorted(times)
 
 
+def test_at_stage_3_the_one_row_gives_a_range() -> None:
+    """Either all that work does not explain is launches (the forecast), or all shrinks with the micro-batch."""
+    row = next(row for row in measured.rows() if row.what == measured.WHOLE_STAGE_3)
+    assert row.micro_batch
+    assert row.images_per_s
+    own = row.micro_batch / row.images_per_s
+    same, small = (timed(planned("dico-h-256", row.gpu, zero_stage=3), size) for size in (row.micro_batch, 8))
+    assert same.seconds == pytest.approx(own)
+    assert small.seconds == small.most_s > 0.5 * own
+    assert small.least_s == pytest.approx(own * 8 / row.micro_batch)
+
+
 @pytest.mark.parametrize(
     ("train", "says"),
     [
