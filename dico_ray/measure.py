@@ -148,10 +148,10 @@ class EvaluateActor:
             for (low, high), pixels in zip(batches, readers.map(lambda one: source.read(*one), batches), strict=True):
                 yield pixels, torch.tensor(source.labels[low:high])
 
-    def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
         for low, high in pool.ranges(stop - start, source.config.sample.batch_size):
-            pixels, labels = self._sampler.generate(start + low, start + high)
+            pixels, labels = self._sampler.generate_on_device(start + low, start + high)
             for first, last in self._cuts(len(pixels)):
                 yield pixels[first:last], labels[first:last].cpu()
 

@@ -27,8 +27,9 @@ def start(config: Config) -> Any:
     """Raises ConfigError if a tracking service cannot be had."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # One thread writes, in the order of the calls: an actor with max_concurrency > 1 would run them in any order.
-    recorder: Any = ray.remote(concurrency_groups={"writing": 1, "answering": 3})(Recorder)
-    recorder = recorder.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1).remote(config)
+    remote: Any = ray.remote  # its annotations do not know concurrency groups
+    actor = remote(concurrency_groups={"writing": 1, "answering": 3})(Recorder)
+    recorder = actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1).remote(config)
     try:
         ray.get(recorder.latest.remote())
     except (RayTaskError, RayActorError) as error:
@@ -106,8 +107,8 @@ class Recorder:
         self._gauges.set({"step": start, "workers": workers, "skipped_steps": 0, "log_due_s": 0.0})
         self._stop = "" if self._stop == RESTART else self._stop
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
-        self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,
-                    "text": f"{workers} workers begin after step {start} ({parts})"})  # fmt: skip
+        self._add({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,
+                   "text": f"{workers} workers begin after step {start} ({parts})"})  # fmt: skip
 
     @ray.method(concurrency_group="writing")
     def log(self, metrics: dict[str, Any]) -> None:
@@ -138,6 +139,9 @@ class Recorder:
     @ray.method(concurrency_group="writing")
     def event(self, event: dict[str, Any]) -> None:
         """event: its kind under 'event', a line for people under 'text', and facts."""
+        self._add(event)
+
+    def _add(self, event: dict[str, Any]) -> None:
         event = {"time": time.time(), **event}
         self._events.add(event)
         self._recent.append(event)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dico_ray.data.shards import LatentBatch
 from dico_ray.diffusion.process import Diffusion
-from dico_ray.models import compile_blocks, create_model
+from dico_ray.models import compile_blocks, create_model, use_kernels
 from dico_ray.recipes import resolve
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
@@ -29,6 +29,7 @@ def peak(recipe: str, micro_batch: int) -> int:
     batch = ACCUMULATION * micro_batch
     config = resolve(recipe, None, {"train": {"num_workers": 1, "micro_batch": micro_batch, "global_batch": batch}})
     model, device = create_model(config.model.name, class_dropout_prob=0.0), torch.device("cuda", 0)
+    use_kernels(model, config.model.kernels, device, config.train.zero_stage)
     compile_blocks(model)
     engine = Engine(model, config.train, device)
     ema, diffusion, side = EMA(engine, config.train.ema_decay), Diffusion(), config.model.latent_size
