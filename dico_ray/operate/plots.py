@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _from_zero(axes: Axes, values: list[float]) -> None:
-    axes.set_ylim(0, 1.08 * max(values) or None)
+    axes.set_ylim(0, 1.08 * max((v for v in values if math.isfinite(v)), default=0.0) or None)
 
 
 def _running_mean(values: list[float]) -> list[float]:
