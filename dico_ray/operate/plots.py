@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def scores_plot(evaluated: list[dict[str, Any]], metric: str, name: str) -> str:
         axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.5, label=f"{name}, {count:,} images")
     axes.set(xlabel="step", ylabel=name)
     axes.xaxis.set_major_formatter(_STEPS)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes, [line[metric] for line in evaluated])
     axes.legend(frameon=False)
     return _svg(figure, "scores")
 
@@ -99,7 +100,7 @@ def telemetry_plot(metrics: list[dict[str, Any]]) -> str:
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.xaxis.set_major_formatter(_STEPS)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, [value for _, value in line])
         axes.grid(alpha=0.25)
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16 / rows, top=1 - 0.16 / rows, wspace=0.3, hspace=0.55)
     return _svg(figure, "telemetry")
@@ -110,6 +111,10 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def _from_zero(axes: Axes, values: list[float]) -> None:
+    axes.set_ylim(0, 1.08 * max((v for v in values if math.isfinite(v)), default=0.0) or None)
 
 
 def _running_mean(values: list[float]) -> list[float]:
