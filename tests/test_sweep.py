@@ -260,12 +260,12 @@ def _done(trial: Path) -> bool:
 def test_optuna_learns_from_the_trials_that_there_are(latents: Path, tmp_path: Path, local_ray: None) -> None:
     pytest.importorskip("optuna")
     space = {"train.weight_decay": {"low": 1e-3, "high": 0.1, "log": True}}
-    sweep.main(_config(latents, tmp_path, points=2, search="optuna", space=space))
-    first = set(_trials(_config(latents, tmp_path)))
-    assert len(first) == 2
     sweep.main(_config(latents, tmp_path, points=3, search="optuna", space=space))
+    first = set(_trials(_config(latents, tmp_path)))
+    assert len(first) == 3
+    sweep.main(_config(latents, tmp_path, points=4, search="optuna", space=space))
     assert first < set(_trials(_config(latents, tmp_path)))
-    assert len(_trials(_config(latents, tmp_path))) == 3
+    assert len(_trials(_config(latents, tmp_path))) == 4
 
 
 @pytest.mark.ray
