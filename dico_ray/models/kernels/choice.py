@@ -43,5 +43,5 @@ def _missing(device: torch.device, dtype: torch.dtype, zero_stage: int) -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels by its interpreter, on the CPU, as tests let it: it reads the variable when it is imported."""
+    """Whether Triton runs kernels by its interpreter, on the CPU, as tests let it (set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

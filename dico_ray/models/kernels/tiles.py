@@ -39,7 +39,8 @@ def whole_channels(images: int, pixels: int, channels: int) -> Tiles:
     """For LayerNorm: every program sees all channels of its pixels."""
     block = power_of_two(channels)
     step = max(1, min(4, _TILE // block, power_of_two(pixels)))
-    return Tiles(*_rows(pixels, step, images), 1, block, _splits(pixels, step, images), _warps(step * block, 512))
+    programs = 2 * images  # half as many splits: each leaves up to four sums of all channels
+    return Tiles(*_rows(pixels, step, programs), 1, block, _splits(pixels, step, programs), _warps(step * block, 512))
 
 
 def channel_blocks(images: int, pixels: int, channels: int) -> Tiles:
