@@ -6,7 +6,8 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-py$(VERSION)
 BIN := $(CURDIR)/$(VENV)/bin
 STORAGE ?= runs
-PYTEST := $(BIN)/python -m pytest
+PYTEST_ARGS ?=
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What the tools compile or fetch at run time stays in this folder too.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/cache/torch_extensions
@@ -46,5 +47,5 @@ $(VENV)/installed: pyproject.toml
 	  { echo "dico-ray needs Python 3.11 or newer; '$(PYTHON)' is $(VERSION): make ... PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (PyTorch is about 3 GB: this takes minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev,gs,s3,track]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev,evaluate,gs,s3,sweep,track]"
 	@touch $@

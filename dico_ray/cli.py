@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from dico_ray import storage
+from dico_ray import job, storage
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.recipes import RECIPES, resolve
 from dico_ray.settings import SECTION_NAMES, Setting, fields, nearest
@@ -25,6 +25,14 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.strip("[]()").split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
 class Option(NamedTuple):
     """An argument of one verb alone, handed to its door by name: a flag (--name VALUE), or what stands alone."""
 
@@ -32,6 +40,7 @@ class Option(NamedTuple):
     kind: Callable[[str], Any]
     default: Any  # None: it must be given
     doc: str
+    values: int | None = None  # None: one value, else a list of so many
 
 
 class Verb(NamedTuple):
@@ -46,6 +55,36 @@ _BENCH_DATA = (
     Option("--folder", str, "", "folder or URL for the synthetic shards, kept and used again; unset: a temporary one"),
     Option("--rivals", _boolean, True, "also time the readers that it is compared with"),
     Option("--json", str, "", "file for the figures"),
+)
+_BENCH_EVALUATE = (
+    Option("--images", int, 1000, "random images"),
+    Option("--size", int, 256, "their height and width"),
+    Option("--random", _boolean, False, "an untrained Inception, as fast as the published one, which is not at hand"),
+    Option("--rival", _boolean, True, "also time torch-fidelity's own pass over the same files"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_SAMPLE = (
+    Option("--images", int, 64, "images that each measurement generates on an actor"),
+    Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
+    Option("--vae", str, "random", "beside random weights: random (of Stable Diffusion's sizes), or codec (codec.vae)"),
+    Option("--actors", _integers, "1", "sizes of the pools to compare, as [1,2,4]"),
+    Option("--folder", str, "", "folder or URL that all nodes reach, for what is written; unset: a temporary one"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_ENCODE = (
+    Option("--images", int, 256, "images that each row encodes"),
+    Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
+    Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_KERNELS = (
+    Option("--micro_batches", _integers, "64", "images at a time; each is measured, as [32,64,96]"),
+    Option("--seconds", float, 5.0, "seconds for which each is timed, at least"),
+    Option("--json", str, "", "file for the figures"),
+)
+_BENCH_NETWORK = (
+    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network; engine is one more"),
+    *_BENCH_KERNELS,
 )
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
@@ -70,6 +109,21 @@ _PLAN = (
     Option("--plot", str, "", "PNG, SVG or PDF file for a picture of the scaling forecast"),
     Option("--json", str, "", "file for the figures"),
 )
+_RENDER = (
+    Option("--kind", str, "job", "job (a RayJob of one verb), cluster (a RayCluster that stays), cron (evaluations)"),
+    Option("--verb", str, "train", "the job's verb: encode, train, sample or evaluate"),
+    Option("--output", str, "", "file for the manifests; unset: the terminal"),
+    Option("--check", str, "", "file of manifests to check instead, by KubeRay's schemas and its controller's rules"),
+    Option("--crds", str, "", "KubeRay's schemas: a folder, URL or release (v1.6.0); unset: kubectl's cluster"),
+)
+_EVALUATE = (Option("--compare", str, (), "two results (.json): says in what choices and numbers they differ", 2),)
+_DOCTOR = (
+    Option("--json", str, "", "file for the findings"),
+    Option("--megabytes", int, 64, "size of the file that each node writes to the storage and reads back"),
+    Option("--chunks", int, 16, "chunks of the data set that are read and checked"),
+    Option("--timeout", float, 120.0, "seconds that one examination may take"),
+)
+_STATUS = (Option("--watch", float, 0.0, "seconds between looks, until Ctrl-C or the run's end; 0: look once"),)
 _THREADS = Option("--threads", int, 8, "shards or chunks read at a time")
 _URL = Option("url", str, None, "folder or URL of the shards")
 VERBS: dict[str, Verb] = {
@@ -81,14 +135,22 @@ VERBS: dict[str, Verb] = {
                 ("run", "storage"), _EMA),
     "sample": Verb("sample", "a checkpoint -> images, on a pool of actors",
                    ("run", "codec", "sample", "storage", "resources")),
-    "evaluate": Verb("evaluate", "images -> Frechet distance to a reference, on a pool of actors",
-                     ("run", "evaluate", "storage", "resources")),
+    "evaluate": Verb("evaluate", "images, or a checkpoint -> FID, sFID, IS, precision, recall, on a pool of actors",
+                     ("run", "codec", "sample", "evaluate", "storage", "resources"), _EVALUATE),
+    "sweep": Verb("sweep", "learning rates x scales -> the best run, and how loss scales (Ray Tune around train)",
+                  ("run", "model", "data", "train", "sweep", "storage", "resources")),
     "import": Verb("weights:run_import", "released DiCo weights -> a run's checkpoint, to sample from",
                    ("run", "model", "codec", "storage"), _IMPORT),
     "export": Verb("weights:run_export", "a checkpoint's weights -> safetensors, a torch file, a diffusers pipeline",
                    ("run", "codec", "sample", "storage"), _EXPORT),
     "plan": Verb("operate.plan", "memory, largest micro-batch, speed, hours, traffic, scaling, before anything starts",
                  ("run", "model", "data", "encode", "train", "hardware"), _PLAN),
+    "render": Verb("operate.render", "Kubernetes manifests of a run (KubeRay), and the check of manifests",
+                   ("run", "data", "train", "evaluate", "resources", "cluster"), _RENDER),
+    "doctor": Verb("operate.doctor", "a live cluster, storage and data set, examined before GPUs are spent on them",
+                   ("run", "model", "data", "train", "storage", "resources"), _DOCTOR),
+    "status": Verb("operate.status", "a run's progress, rate, loss, goodput, last checkpoint, time left",
+                   ("run", "storage"), _STATUS),
     "report": Verb("operate.report", "a run -> one HTML file: loss, samples, numbers",
                    ("run", "storage")),
     "data info": Verb("data.info", "what a set of latent shards is",
@@ -101,6 +163,18 @@ VERBS: dict[str, Verb] = {
                          ("codec", "encode", "storage"), _CONVERT),
     "bench data": Verb("bench.data", "rows/s of the stream, beside other readers of the same shards",
                        ("model", "data", "storage"), _BENCH_DATA),
+    "bench evaluate": Verb("bench.evaluate", "images/s of an evaluation, beside torch-fidelity's feature pass",
+                           ("evaluate", "resources"), _BENCH_EVALUATE),
+    "bench encode": Verb("bench.encoding", "images/s of the autoencoder by precision, layout and compilation",
+                         ("model", "codec", "encode", "storage", "resources"), _BENCH_ENCODE),
+    "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
+                         ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
+    "bench train": Verb("bench.train", "images/s of training on one GPU: released, compiled, fused, and a DiT",
+                        ("run", "model", "train", "resources"), _BENCH_NETWORK),
+    "bench forward": Verb("bench.forward", "the same of the network's forward pass alone",
+                          ("run", "model", "resources"), _BENCH_NETWORK),
+    "bench kernels": Verb("bench.kernels", "each Triton kernel beside the time that its bytes take, on one GPU",
+                          ("model", "resources"), _BENCH_KERNELS),
 }  # fmt: skip
 
 
@@ -133,7 +207,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
         keep: dict[str, Any] = {} if option.default is None else {"default": option.default}
         if option.default is None and option.name.startswith("--"):
             keep["required"] = True
-        parser.add_argument(option.name, type=option.kind, help=text, **keep)
+        parser.add_argument(option.name, type=option.kind, nargs=option.values, help=text, **keep)
     for section in (*sections, *(name for name in SECTION_NAMES if name not in sections)):
         shown = section in sections
         group = parser.add_argument_group(section) if shown else parser
@@ -144,7 +218,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _show(default: Any) -> str:
-    return "unset" if default in (None, "") else str(default)
+    return "unset" if default in (None, "", ()) else str(default)
 
 
 def _metavar(annotation: Any) -> str:
@@ -190,7 +264,8 @@ def _value(field: Setting, text: str) -> Any:
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError:
-        raise ConfigError(f"--{field.path} {text}: write a list as [1,2], named values as {{a: 1}}") from None
+        shown = "" if field.path == "storage.options" else f" {text}"  # keys may stand in it
+        raise ConfigError(f"--{field.path}{shown}: write a list as [1,2], named values as {{a: 1}}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print("usage: dico-ray VERB [--recipe NAME] [--config FILE] [--section.setting VALUE ...]\n")
-        print("\n".join(f"  {name:14}{verb.summary}" for name, verb in VERBS.items()))
+        print("\n".join(f"  {name:16}{verb.summary}" for name, verb in VERBS.items()))
         print("\n`dico-ray VERB --help` explains the verb's settings.")
         return 0 if words else 2
     length = 2 if " ".join(words[:2]) in VERBS else 1
@@ -207,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(f"{verb!r} is not a verb; take one of {', '.join(VERBS)}")
     try:
         config, own = parse(verb, words[length:])
+        if warning := job.check(verb, config, words[length:]):
+            print(f"{verb}: {warning}", flush=True)
         storage.configure(config.storage)
         module, _, function = VERBS[verb].module.partition(":")
         getattr(importlib.import_module(f"dico_ray.{module}"), function or "main")(config, **own)

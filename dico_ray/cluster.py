@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from dico_ray import storage
+from dico_ray import handover, prometheus, storage
 from dico_ray.config import ConfigError, Resources
 
 _LOOK_S = 5.0
@@ -21,14 +21,18 @@ _LOOK_S = 5.0
 _TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 
 
-def connect(verbose: bool) -> None:
+def connect(verbose: bool, run: str = "") -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts Ray on this machine.
+
+    run: the label of this process's progress in Prometheus; unset: it is not exported.
 
     Without `verbose` the log lines of Ray's own processes and of libraries stay in their files, and those of Ray's
     core in this process go to dico-ray-PID.log in the temporary folder.
     """
     if not verbose:
         quiet()
+    if run:
+        prometheus.export_progress(run)
     if ray.is_initialized():
         return
     if not verbose:
@@ -37,8 +41,11 @@ def connect(verbose: bool) -> None:
     for name, value in _TRAIN.items():
         os.environ.setdefault(name, value)
     if "RAY_ADDRESS" in os.environ:
-        own = {name: os.environ[name] for name in _TRAIN}
-        ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"env_vars": storage.environment() | own})
+        place = handover.new_place()
+        env = handover.runtime_env(place)
+        env["env_vars"] |= {name: os.environ[name] for name in _TRAIN}
+        ray.init(log_to_driver=verbose, logging_level=level, runtime_env=env)
+        handover.leave(place, storage.environment())
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
     context = ray.data.DataContext.get_current()
@@ -100,6 +107,17 @@ def room_for(
                 f"(train.start_timeout_s); free are {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
                 f"add nodes, or lower {setting}"
             )
+
+
+def actor_options(resources: Resources, gpu: bool) -> dict[str, float]:
+    """What Ray reserves for one actor of a pool."""
+    return {"num_cpus": resources.actor_cpus, "num_gpus": resources.actor_gpus if gpu else 0}
+
+
+def require_pool(resources: Resources, gpu: bool) -> None:
+    """Raises ConfigError if the whole cluster could never hold the pool."""
+    actors, each = resources.actors, actor_options(resources, gpu)
+    require(actors * each["num_cpus"], actors * each["num_gpus"], f"a pool of {actors} actors", "resources.actors")
 
 
 def require(cpus: float, gpus: float, what: str, setting: str) -> None:

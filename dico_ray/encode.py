@@ -7,8 +7,10 @@ a shard holds depends on the images and settings alone, never on the pool; finis
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -61,12 +63,9 @@ def main(config: Config, *, verbose: bool = False) -> None:
         return
     plans = plan_shards(config, images)
     done = _finished(target, began)
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu = cluster.uses_gpu(config.resources)
-    actors = config.resources.actors
-    cluster.require(
-        actors * config.resources.actor_cpus, actors if gpu else 0, f"a pool of {actors} actors", "resources.actors"
-    )
+    cluster.require_pool(config.resources, gpu)
     left = [plan for plan in plans if plan.name not in done]
     _run(config, images, left, gpu, began)
     records = _finished(target, began)
@@ -108,7 +107,7 @@ def _fingerprint(config: Config, source: ImageSource) -> str:
     """Of everything that the shards' bytes follow from, but for the images' own."""
     settings = {
         "encode": config.encode.model_dump(exclude={"batch_size", "max_skipped"}),
-        "codec": config.codec.model_dump(),
+        "codec": config.codec.model_dump(exclude={"compile"}),
     }
     facts = [settings, config.run.seed, [(p.file, p.start, p.stop, p.labels) for p in source.pieces]]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
@@ -142,7 +141,7 @@ def _run(config: Config, source: ImageSource, plans: list[ShardPlan], gpu: bool,
         batch_size=1,
         concurrency=min(config.resources.actors, len(plans)),
         num_cpus=config.resources.actor_cpus,
-        num_gpus=1 if gpu else 0,
+        num_gpus=config.resources.actor_gpus if gpu else 0,
     )
     with Progress("encode", source.count, "images", done) as progress:
         for row in pool.iter_rows():
@@ -176,28 +175,37 @@ class ShardEncoder:
         self._source, self._target = Storage(config.encode.images), Storage(config.data.latents)
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
-        self._vae = Autoencoder(config.codec.vae, config.codec.precision, torch.device("cuda" if gpu else "cpu"))
+        device = torch.device("cuda" if gpu else "cpu")
+        self._vae = Autoencoder(config.codec.vae, config.codec.precision, device, gpu and config.codec.compile)
         self._codec = {**self._vae.describe(), "fingerprint": fingerprint}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         plan: ShardPlan = batch["plan"][0]
         encode = self._config.encode
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            loaded = [image for part in pool.map(self._load, plan.pieces) for image in part]
-        names, decoded = [name for name, _ in loaded], [image for _, image in loaded]
-        good = [i for i, image in enumerate(decoded) if isinstance(image, np.ndarray)]
-        if not good:
-            raise ImageError(f"none of the {plan.count} images of {plan.name} can be read: {decoded[0]}")
-        latents = np.concatenate([
-            self._encode([decoded[i] for i in good[at : at + encode.batch_size]],
-                         [names[i] for i in good[at : at + encode.batch_size]])
-            for at in range(0, len(good), encode.batch_size)
-        ])  # fmt: skip
+        good: list[int] = []
+        bad: list[str] = []
+
+        def readable(loaded: Iterable[tuple[str, np.ndarray | str]]) -> Iterator[tuple[str, np.ndarray]]:
+            for i, (name, image) in enumerate(loaded):
+                if isinstance(image, str):
+                    bad.append(image)
+                else:
+                    good.append(i)
+                    yield name, image
+
+        with ThreadPoolExecutor(_DECODERS) as pool:  # they read on while the first images are encoded
+            images = readable(image for part in pool.map(self._load, plan.pieces) for image in part)
+            parts = []
+            while some := list(islice(images, encode.batch_size)):
+                parts.append(self._encode([image for _, image in some], [name for name, _ in some]))
+        if not parts:
+            raise ImageError(f"none of the {plan.count} images of {plan.name} can be read: {bad[0]}")
+        latents = np.concatenate(parts)
         keys = [f"{plan.first + i:09d}" for i in good]
         chunk = max(1, encode.chunk_bytes // sample_bytes(*latents.shape[2:]))
         labels = plan.labels
         shard = write_shard(self._target, plan.name, keys, latents, [labels[i] for i in good], chunk)
-        self._record(shard, latents, chunk, [str(image) for image in decoded if isinstance(image, str)])
+        self._record(shard, latents, chunk, bad)
         return {"images": [plan.count], "skipped": [plan.count - len(good)]}
 
     def _load(self, part: tuple[Piece, int, int]) -> list[tuple[str, np.ndarray | str]]:

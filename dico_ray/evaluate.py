@@ -1,12 +1,16 @@
-"""The door `evaluate`: images -> Frechet distance to a reference, on a pool of actors.
+"""The door `evaluate`: images, or a checkpoint -> FID, sFID, inception score, precision, recall, on a pool of actors.
 
-Actors turn ranges of images into float64 moments; moments merge, so the pool's size and order do not matter.
+The numbers are those of ADM's evaluator (arXiv 2105.05233), where the features are Inception's; what cannot be
+computed is null, with the reason. The result says every choice that moves a number.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,70 +18,144 @@ import ray
 import torch
 import xxhash
 
-from dico_ray import __version__, cluster, pool
+from dico_ray import __version__, cluster, measure
 from dico_ray.config import Config, ConfigError
-from dico_ray.data.images import ImageFolder, load_image
-from dico_ray.metrics.classifier import ImageClassifier, load_classifier, uint8_to_signed
-from dico_ray.metrics.stats import Moments, frechet_distance
-from dico_ray.progress import Progress
+from dico_ray.data.image_sets import ImageSet
+from dico_ray.measure import Judges, Made, Source, Total
+from dico_ray.metrics import FeatureNetwork, Reference, open_classifier, open_network, precision_recall, results
+from dico_ray.metrics.inception import weights_hash
 from dico_ray.sample import IMAGES, RECORD, output_folder
+from dico_ray.sample import provenance as sample_provenance
 from dico_ray.storage import Storage
+from dico_ray.training.checkpoint import Checkpoint
+from dico_ray.weights import find_checkpoint
 
 RESULT = "evaluation.json"
-Piece = tuple[str, int, int]
+REFERENCES = "reference-statistics"
+_BLANK = 32  # pixels; Inception takes any size
+_PACKAGES = ("torch", "torchvision", "diffusers", "numpy")
 
 
-def main(config: Config, *, verbose: bool = False) -> None:
-    """`dico-ray evaluate`: writes the distance, the judge's rates and all that they rest on as JSON.
+@dataclass(frozen=True)
+class Task:
+    """An evaluation that can be done: every file was found and fits. known: the reference's given statistics."""
+
+    judges: Judges
+    images: Source
+    known: Reference
+    reference: ImageSet | None
+    record: dict[str, Any]
+
+    def sources(self) -> dict[str, Source]:
+        return {"images": self.images} | ({"reference": self.reference} if self.reference else {})
+
+
+def main(config: Config, *, verbose: bool = False, compare: Sequence[str] = ()) -> None:
+    """`dico-ray evaluate`: writes the numbers and all that they rest on as JSON; `--compare A B` compares two such.
 
     Raises ConfigError for missing images, networks or a reference of other classes, before anything starts.
     """
-    images = Storage(config.evaluate.images) if config.evaluate.images else output_folder(config).at(IMAGES)
-    reference = _required(config.evaluate.reference, "evaluate.reference", "a folder of real images by class")
-    features = _classifier(config.evaluate.features, "evaluate.features")
-    judge = _classifier(config.evaluate.judge, "evaluate.judge") if config.evaluate.judge else None
-    folders = {
-        "images": ImageFolder.scan(images, "evaluate.images"),
-        "reference": ImageFolder.scan(Storage(reference), "evaluate.reference"),
-    }
-    if judge and folders["images"].classes != folders["reference"].classes:
-        raise ConfigError(
-            f"evaluate.images has the classes {', '.join(folders['images'].classes)}; evaluate.reference has "
-            f"{', '.join(folders['reference'].classes)}; name a reference of the same classes"
-        )
-    record = provenance(config, images, Storage(reference), features, judge, folders)
+    if compare:
+        _compare(*compare)
+        return
+    task = prepare(config, *_images(config))
     target, name = result_file(config)
-    if target.exists(name) and json.loads(target.read(name)).get("provenance") == record:
+    if target.exists(name) and json.loads(target.read(name)).get("provenance") == task.record:
         print(f"evaluate: {target.path(name)} has this result: nothing to do")
         return
-    cluster.connect(verbose)
-    totals = _measure(config, folders, {"images": images, "reference": Storage(reference)})
-    result = {
-        "frechet_distance": frechet_distance(*totals["images"].compute(), *totals["reference"].compute()),
-        "comparable_with_published_fid": False,
-        "features": features.config.name,
-        "images": len(folders["images"].paths),
-        "reference_images": len(folders["reference"].paths),
-        "judge": _judge_rates(judge, totals, folders["images"].classes),
-        "provenance": record,
-    }
+    cluster.connect(verbose, config.run.name)
+    result = score(config, task)
     target.write(name, json.dumps(result, indent=1).encode())
     _tell(result, target.path(name))
 
 
-def _required(value: str, setting: str, what: str) -> str:
-    if not value:
-        raise ConfigError(f"{setting} is unset; name {what}")
-    return value
+def score_checkpoint(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The result for sample.count images that a checkpoint generates, each judged where it is made; Ray is connected.
+
+    Nothing is written but finished ranges (in the run's folder, until all are done) and the reference's statistics.
+    Raises UserError if it cannot be done; whoever interrupts it leaves no actor behind.
+    """
+    return score(config, prepare(config, Made(config, checkpoint), checkpoint), show=False)
 
 
-def _classifier(path: str, setting: str) -> ImageClassifier:
+def _images(config: Config) -> tuple[Source, Checkpoint | None]:
+    """evaluate.images, else the run's samples where they are of this checkpoint and these settings, else its own.
+
+    And the checkpoint that they are of, where it is known.
+    """
+    if config.evaluate.images:
+        return ImageSet.scan(config.evaluate.images, "evaluate.images", config.evaluate.image_size), None
+    _required(config.evaluate.reference)
+    checkpoint, output = find_checkpoint(config), output_folder(config)
+    record = json.loads(output.read(RECORD)) if output.exists(RECORD) else None
+    folder = output.at(IMAGES)
+    if record == sample_provenance(config, checkpoint) and folder.names(".png"):
+        return ImageSet.scan(folder.url, "evaluate.images", config.evaluate.image_size), checkpoint
+    return Made(config, checkpoint), checkpoint
+
+
+def _required(reference: str) -> str:
+    if not reference:
+        raise ConfigError("evaluate.reference is unset; name real images, or ADM's .npz of statistics")
+    return reference
+
+
+def prepare(config: Config, images: Source, checkpoint: Checkpoint | None) -> Task:
+    """Opens and checks all that an evaluation needs; reads every stored image once, for its hash. Starts nothing.
+
+    Raises ConfigError for what is missing or does not fit.
+    """
+    settings = config.evaluate
+    url = _required(settings.reference)
+    network = open_network(settings.features)
+    judges = Judges(network, open_classifier(settings.judge, "evaluate.judge") if settings.judge else None)
+    known, reference = _open_reference(config, url)
+    _check_features(network, known)
+    task = Task(judges, images, known, reference, {})
+    for which, source in task.sources().items():
+        if source.count < 2:
+            raise ConfigError(f"evaluate.{which}: {source.count} image; a covariance needs at least 2")
+    if judges.classifier and reference and reference.classes and reference.classes != images.classes:
+        raise ConfigError(
+            f"evaluate.images has the classes {', '.join(images.classes)}; evaluate.reference has "
+            f"{', '.join(reference.classes)}; name a reference of the same classes"
+        )
+    return replace(task, record=provenance(config, task, checkpoint))
+
+
+def _open_reference(config: Config, url: str) -> tuple[Reference, ImageSet | None]:
+    """Given statistics, and the images that are still to be judged."""
+    size = config.evaluate.image_size
+    if not url.endswith(".npz"):
+        return Reference(), ImageSet.scan(url, "evaluate.reference", size)
+    folder, _, name = url.rpartition("/")
     try:
-        return load_classifier(_required(path, setting, "a classifier's .safetensors file"))
-    except (FileNotFoundError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{setting}: {error}") from None
+        with Storage(folder).file(name) as file:
+            known = Reference.read(file, f"evaluate.reference: {url}")
+    except FileNotFoundError:
+        raise ConfigError(f"evaluate.reference: {url} is not there; name an .npz or a folder of images") from None
+    if known.pool is not None and (known.features is not None or not _has_images(folder, name)):
+        return known, None
+    return known, ImageSet.scan(url, "evaluate.reference", size)
+
+
+def _check_features(network: FeatureNetwork, known: Reference) -> None:
+    """Raises ConfigError if given statistics are of other features than the network's, by a look at a blank image."""
+    size = network.image_size or _BLANK
+    with torch.inference_mode():
+        found = network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    pairs = {"mu": (known.pool, found.pool), "mu_s": (known.spatial, found.spatial)}
+    for name, (given, own) in pairs.items():
+        if given is not None and own is not None and given[0].shape != own.shape[1:]:
+            raise ConfigError(
+                f"evaluate.reference: its {name} is of {given[0].size} features, those of {network.name} are "
+                f"{own.shape[1]}; name a reference of that network, or real images"
+            )
+
+
+def _has_images(folder: str, name: str) -> bool:
+    with Storage(folder).file(name) as file, np.load(file, allow_pickle=False) as found:
+        return "arr_0" in found.files
 
 
 def result_file(config: Config) -> tuple[Storage, str]:
@@ -88,140 +166,185 @@ def result_file(config: Config) -> tuple[Storage, str]:
     return Storage(folder), name
 
 
-def provenance(
-    config: Config, images: Storage, reference: Storage, features: ImageClassifier, judge: ImageClassifier | None,
-    folders: dict[str, ImageFolder],
-) -> dict[str, Any]:  # fmt: skip
-    """Every choice that moves the numbers. Images are named by their record where `sample` left one."""
-    made = Storage(images.url.rpartition("/")[0])
+def provenance(config: Config, task: Task, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Every choice that moves the numbers. Images are named by their content, or by all that generates them."""
+    settings, network = config.evaluate, task.judges.network
+    classifier = task.judges.classifier
+    images = task.images
     return {
-        "images": images.url,
-        "samples": json.loads(made.read(RECORD)) if made.exists(RECORD) else None,
-        "image_names": _names_hash(folders["images"]),
-        "reference": reference.url,
-        "reference_names": _names_hash(folders["reference"]),
-        "features": _weights_hash(features),
-        "judge": _weights_hash(judge) if judge else None,
-        "versions": {"dico_ray": __version__, "torch": torch.__version__},
+        "images": None if isinstance(images, Made) else settings.images or output_folder(config).at(IMAGES).url,
+        "image_hash": None if isinstance(images, Made) else images.content_hash(),
+        "count": images.count,
+        "samples": _samples(config, images, checkpoint),
+        "reference": settings.reference,
+        "reference_hash": _reference_hash(task),
+        "feature_network": network.name,
+        "features": network.hash,
+        "judge": weights_hash(classifier) if classifier else None,
+        "feature_precision": settings.precision,
+        **settings.model_dump(include={"image_size", "split_size", "neighbours", "reference_features"}),
+        "versions": {"dico_ray": __version__} | _versions(network),
     }
 
 
-def _names_hash(folder: ImageFolder) -> str:
-    return xxhash.xxh3_128_hexdigest("\n".join(folder.paths).encode())
+def _versions(network: FeatureNetwork) -> dict[str, str]:
+    own = ("torch_fidelity",) if network.is_inception else ()
+    return {name: version(name) for name in (*_PACKAGES, *own)}
 
 
-def _weights_hash(model: ImageClassifier) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy())
+def _samples(config: Config, images: Source, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """How images were generated, and of which average their weights are, where that is known."""
+    if checkpoint is None:
+        assert isinstance(images, ImageSet)
+        folder = Storage(images.storage.url.rpartition("/")[0])
+        return json.loads(folder.read(RECORD)) if folder.exists(RECORD) else None
+    record, about = sample_provenance(config, checkpoint), checkpoint.about
+    profile = about.get("posthoc", {}).get("sigma_rel")
+    decay = "not told: imported" if "imported" in about else about["config"]["train"]["ema_decay"]
+    ema = f"power function, sigma_rel {profile}" if profile else f"decay {decay}"
+    return {**record, "ema": ema if record["weights"] == "ema" else None}
+
+
+def _reference_hash(task: Task) -> str:
+    digest = xxhash.xxh3_128((task.reference.content_hash() if task.reference else "").encode())
+    for pair in (task.known.pool, task.known.spatial):
+        for array in pair or ():
+            digest.update(np.ascontiguousarray(array, np.float64).data)
     return digest.hexdigest()
 
 
-class Totals:
-    """What is known of one folder: feature moments, and how the judge read each class. They merge."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        self.moments = Moments(dim)
-        self.right = np.zeros(classes, np.int64)
-        self.seen = np.zeros(classes, np.int64)
-
-    def merge(self, other: Totals) -> None:
-        self.moments = self.moments.merge(other.moments)
-        self.right = self.right + other.right  # not in place: what comes from Ray's object store is read-only
-        self.seen = self.seen + other.seen
-
-    def compute(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.moments.compute()
-
-
-def _measure(config: Config, folders: dict[str, ImageFolder], storages: dict[str, Storage]) -> dict[str, Totals]:
-    """Both folders through one pool."""
-    gpu = cluster.uses_gpu(config.resources)
-    actors = config.resources.actors
-    cluster.require(
-        actors * config.resources.actor_cpus, actors if gpu else 0, f"a pool of {actors} actors", "resources.actors"
-    )
-    actor = ray.remote(JudgeActor).options(num_cpus=config.resources.actor_cpus, num_gpus=1 if gpu else 0)
-    work: list[Piece] = [
-        (which, start, stop)
-        for which, folder in folders.items()
-        for start, stop in pool.ranges(len(folder.paths), config.evaluate.batch_size)
-    ]
-    totals: dict[str, Totals] = {}
-    done = 0
-    with Progress("evaluate", sum(len(f.paths) for f in folders.values()), "images") as progress:
-        for (which, start, stop), part in pool.run(lambda: actor.remote(config, folders, storages, gpu), actors, work):
-            if which in totals:
-                totals[which].merge(part)
-            else:
-                totals[which] = part
-            done += stop - start
-            progress.update(done)
-    return totals
+def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
+    """The result, by a pool on the connected Ray. Raises UserError."""
+    identity = {name: task.record[name] for name in ("features", "judge", "feature_precision", "image_size")}
+    sources, most = task.sources(), config.evaluate.reference_features
+    own: dict[str, dict[str, Any]] = {
+        "images": {name: task.record[name] for name in ("image_hash", "samples", "count")},
+        "reference": {"hash": task.record["reference_hash"], "most": most},
+    }
+    labels = {which: one.labels if isinstance(one, ImageSet) else () for which, one in sources.items()}
+    keys = {which: measure.key_of({**identity, **own[which], "labels": labels[which]}) for which in sources}
+    cache = Storage(config.evaluate.cache or f"{config.run.storage.rstrip('/')}/{REFERENCES}")
+    stored = _stored(cache, f"{keys['reference']}.npz") if task.reference else None
+    if stored:
+        del sources["reference"]
+    parts = {which: Storage(config.run.folder).at(measure.PARTS, keys[which]) for which in sources}
+    every = dict.fromkeys(sources, 1)
+    if "reference" in sources:
+        every["reference"] = -(-sources["reference"].count // most)
+    totals = measure.measure(config, task.judges, sources, parts, every, show)
+    if "reference" in totals:
+        total = totals["reference"]
+        stored = Reference.of(total.statistics, total.right, total.seen)
+        cache.write(f"{keys['reference']}.npz", stored.to_bytes())
+    result = _result(config, task, totals["images"], _joined(task.known, stored))
+    for which in parts:
+        Storage(config.run.folder).at(measure.PARTS).remove(keys[which])
+    return result
 
 
-class JudgeActor:
-    """Holds the feature network and the judge; turns ranges of images into Totals."""
-
-    def __init__(
-        self, config: Config, folders: dict[str, ImageFolder], storages: dict[str, Storage], gpu: bool
-    ) -> None:
-        cluster.quiet()
-        self._device = torch.device("cuda" if gpu else "cpu")
-        if not gpu:
-            torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
-        self._features = load_classifier(config.evaluate.features).to(self._device)
-        self._judge = load_classifier(config.evaluate.judge).to(self._device) if config.evaluate.judge else None
-        self._folders, self._storages = folders, storages
-
-    @torch.inference_mode()
-    def work(self, piece: Piece) -> Totals:
-        which, start, stop = piece
-        folder = self._folders[which]
-        pixels = uint8_to_signed(torch.from_numpy(self._load(which, folder.paths[start:stop]))).to(self._device)
-        images = pixels.permute(0, 3, 1, 2)
-        features = self._features.features(images)
-        totals = Totals(features.shape[1], len(folder.classes))
-        totals.moments.add(features)
-        if self._judge is not None:
-            labels = np.asarray(folder.labels[start:stop])
-            read = self._judge(images).argmax(1).cpu().numpy()
-            np.add.at(totals.seen, labels, 1)
-            np.add.at(totals.right, labels, (read == labels).astype(np.int64))
-        return totals
-
-    def _load(self, which: str, paths: Sequence[str]) -> np.ndarray:
-        """uint8 (N, H, W, 3). Raises ConfigError if an image is not of the network's size."""
-        size = self._features.config.image_size
-        storage = self._storages[which]
-        images = [np.asarray(load_image(storage.read(path), path)) for path in paths]
-        for path, image in zip(paths, images, strict=True):
-            if image.shape != (size, size, 3):
-                raise ConfigError(
-                    f"evaluate.{which}: {path} is {image.shape[1]}x{image.shape[0]} pixels, the feature network takes "
-                    f"{size}x{size}; name images of that size"
-                )
-        return np.stack(images)
-
-
-def _judge_rates(
-    judge: ImageClassifier | None, totals: dict[str, Totals], classes: Sequence[str]
-) -> dict[str, Any] | None:
-    """The share of images read as their class: of those judged, of real ones, and by class."""
-    if judge is None:
+def _stored(cache: Storage, name: str) -> Reference | None:
+    if not cache.exists(name):
         return None
-    rate = {which: float(total.right.sum() / total.seen.sum()) for which, total in totals.items()}
-    by_class = totals["images"].right / np.maximum(totals["images"].seen, 1)
-    return {"name": judge.config.name, **rate, "by_class": dict(zip(classes, by_class.tolist(), strict=True))}
+    with cache.file(name) as file:
+        return Reference.read(file, cache.path(name))
+
+
+def _joined(known: Reference, found: Reference | None) -> Reference:
+    """Given statistics go before those of the images beside them: ADM's images are a part of what its are of."""
+    if found is None or known.pool is None:
+        return found or known
+    return replace(found, pool=known.pool, spatial=known.spatial, images=known.images)
+
+
+def _result(config: Config, task: Task, total: Total, reference: Reference) -> dict[str, Any]:
+    network, statistics = task.judges.network, total.statistics
+    numbers = results.distances(network, statistics, reference, config.evaluate.split_size)
+    precision, recall, why = _precision_recall(config, total, reference)
+    missing = numbers.pop("missing") | ({"precision": why, "recall": why} if why else {})
+    labels = task.images.labels if isinstance(task.images, ImageSet) else ()
+    ascending = len(set(labels)) > 1 and all(a <= b for a, b in pairwise(labels))
+    return {
+        "label": results.label(network, statistics.count),
+        **numbers,
+        "precision": precision,
+        "recall": recall,
+        "missing": missing,
+        "warnings": results.warnings(network, statistics, reference, ascending),
+        "comparable_with_published_fid": results.comparable(network, statistics.count),
+        "features": network.name,
+        "images": statistics.count,
+        "reference_images": reference.images or None,
+        "judge": _judge_rates(task, total, reference),
+        "provenance": task.record,
+    }
+
+
+def _precision_recall(
+    config: Config, total: Total, reference: Reference
+) -> tuple[float | None, float | None, str | None]:
+    """Both, or why not; on one of the pool's GPUs where it has some."""
+    if reference.features is None:
+        return None, None, "the reference has neither images nor features"
+    made, k = total.statistics.features().numpy(), config.evaluate.neighbours
+    if min(len(made), len(reference.features)) <= k:
+        return None, None, f"{min(len(made), len(reference.features))} images are too few for {k} neighbours"
+    if not cluster.uses_gpu(config.resources):
+        return *precision_recall(reference.features, made, k, "cpu"), None
+    task: Any = ray.remote(precision_recall).options(**cluster.actor_options(config.resources, gpu=True))
+    return *ray.get(task.remote(reference.features, made, k, "cuda")), None
+
+
+def _judge_rates(task: Task, total: Total, reference: Reference) -> dict[str, Any] | None:
+    """The share of images read as their class: of those judged, of real ones, and by class. None: not known."""
+    if task.judges.classifier is None:
+        return None
+
+    def rate(right: np.ndarray | None, seen: np.ndarray | None) -> float | None:
+        return float(right.sum() / seen.sum()) if right is not None and seen is not None and seen.sum() else None
+
+    by_class = total.right / np.maximum(total.seen, 1)
+    return {
+        "name": task.judges.classifier.config.name,
+        "images": rate(total.right, total.seen),
+        "reference": rate(reference.right, reference.seen),
+        "by_class": dict(zip(task.images.classes, by_class.tolist(), strict=True)),
+    }
+
+
+def _compare(first: str, second: str) -> None:
+    """Prints what two results' choices and numbers are, where they differ. Raises ConfigError for other files."""
+    found = []
+    for path in (first, second):
+        folder, _, name = path.rpartition("/")
+        try:
+            result = json.loads(Storage(folder or ".").read(name))
+        except FileNotFoundError:
+            raise ConfigError(f"--compare {path}: is not there; name two results of evaluate") from None
+        except ValueError as error:
+            raise ConfigError(f"--compare {path}: not JSON ({error}); name two results of evaluate") from None
+        if not isinstance(result, dict) or "provenance" not in result:
+            raise ConfigError(f"--compare {path}: is no result of evaluate; name two of them")
+        found.append(result)
+    choices, numbers = results.differences(*found)
+    print(f"evaluate: {first} | {second}")
+    print("\n".join(f"  {line}" for line in numbers))
+    print("evaluate: they differ in" if choices else "evaluate: they rest on the same choices")
+    print("".join(f"  {line}\n" for line in choices), end="")
 
 
 def _tell(result: dict[str, Any], path: str) -> None:
+    comparable = "" if result["comparable_with_published_fid"] else ": not comparable with published FIDs"
     print(
         f"evaluate: Frechet distance {result['frechet_distance']:.3f} ({result['images']} images, "
-        f"{result['reference_images']} real ones, features {result['features']}: not comparable with published FIDs)"
+        f"{result['reference_images'] or 'an unknown number of'} real ones, features {result['features']}{comparable})"
     )
-    if result["judge"]:
-        judge = result["judge"]
-        print(f"evaluate: the judge reads {judge['images']:.1%} as their class; {judge['reference']:.1%} of real ones")
+    names = {"sfid": "sFID", "inception_score": "inception score", "precision": "precision", "recall": "recall"}
+    told = [f"{text} {result[name]:.3f}" for name, text in names.items() if result[name] is not None]
+    print(f"evaluate: {', '.join(told)}") if told else None
+    if result["judge"] and result["judge"]["images"] is not None:
+        judge, real = result["judge"], result["judge"]["reference"]
+        beside = f"; {real:.1%} of real ones" if real is not None else ""
+        print(f"evaluate: the judge reads {judge['images']:.1%} as their class{beside}")
+    for warning in result["warnings"]:
+        print(f"evaluate: warning: {warning}")
     print(f"evaluate: {path}")

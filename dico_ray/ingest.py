@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import ray.data
 
+from dico_ray import prometheus
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.cache import ChunkCache
 from dico_ray.data.order import SampleOrder, rank_rows
 from dico_ray.data.reader import Scratch, read_chunks
 from dico_ray.data.shards import LatentBatch, Manifest
-from dico_ray.storage import Storage
+from dico_ray.storage import Storage, retried
 
 READ_TASK_CPUS = 0.5
 _MOST_TASKS = 4096  # Ray Data plans each one up front; longer runs read several windows in a task
@@ -43,11 +45,22 @@ class WindowReader:
     flip: bool
     first_window: int
     cache: ChunkCache | None = None
+    run: str = ""  # the label of what is counted
 
     def __call__(self, batch: Any) -> Iterator[dict[str, np.ndarray]]:
         """Windows counted from the first one, {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
         for number in batch["id"]:
-            yield from self.blocks(self.first_window + int(number))
+            began, tries = time.monotonic(), retried.total()
+            parts = self.blocks(self.first_window + int(number))
+            first = next(parts)  # all ranks' rows are read by then
+            for name, amount in (
+                ("ingest_samples", len(first["row"]) * self.world_size),
+                ("ingest_seconds", time.monotonic() - began),
+                ("ingest_retries", retried.total() - tries),
+            ):
+                prometheus.count(name, amount, self.run)
+            yield first
+            yield from parts
 
     def blocks(self, window: int) -> Iterator[dict[str, np.ndarray]]:
         """One block a rank: step, row, key, label (R,) and latents (R, C, H, W), R = steps * rows of a rank."""
@@ -84,7 +97,7 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
     windows = order.window_of(train.steps - 1) + 1 - first
     storage = Storage(config.data.latents)
     cache = ChunkCache(config.data.cache, int(config.data.cache_gb * 1e9)) if config.data.cache else None
-    reader = WindowReader(storage, manifest, order, train.world_sizes[0], train.flip, first, cache)
+    reader = WindowReader(storage, manifest, order, train.world_sizes[0], train.flip, first, cache, config.run.name)
     dataset = ray.data.range(windows, override_num_blocks=min(windows, _MOST_TASKS))
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.

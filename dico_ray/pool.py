@@ -1,12 +1,15 @@
 """A pool of Ray actors that takes work from a queue: fast actors do more, dead ones are replaced.
 
-Each piece of work is done by one call and counted once: a piece whose actor died is given out again.
+Each piece of work is done by one call and counted once: a piece whose actor died is given out again. Work goes to
+actors that are up, so one that finds no room (its node was lost, training holds the GPUs) keeps nothing waiting
+while others live. Actors may lie on any nodes, and share GPUs (resources.actor_gpus).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -14,51 +17,133 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from dico_ray.config import UserError
 
-_MOST_DEATHS_IN_A_ROW = 5
+_MOST_DEATHS_ON_A_PIECE = 5
+_MOST_DEATHS_IN_A_ROW = 4  # plus the pool's size: a lost node takes several at once
+_START_S = 600.0
+_LOOK_S = 5.0
+
+Range = tuple[int, int]
 
 
 class PoolError(UserError):
-    """Actors cannot start, or died again and again without finishing anything."""
+    """Actors cannot start, find no room, or died again and again without finishing anything."""
 
 
-def ranges(count: int, size: int) -> list[tuple[int, int]]:
+def ranges(count: int, size: int) -> list[Range]:
     """[0, count) cut into (start, stop) of at most `size`."""
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+    return remaining(count, (), size)
 
 
-def run(make_actor: Callable[[], Any], size: int, work: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+def remaining(count: int, done: Iterable[Range], size: int) -> list[Range]:
+    """What of [0, count) no range of `done` covers, cut into (start, stop) of at most `size`."""
+    left, at = [], 0
+    for start, stop in [*sorted(done), (count, count)]:
+        left += [(low, min(low + size, start)) for low in range(at, start, size)]
+        at = max(at, stop)
+    return left
+
+
+def run(
+    make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float = _START_S
+) -> Iterator[tuple[Any, Any]]:
     """Yields (piece, result) for every piece of `work`, in the order they are finished.
 
     make_actor: starts an actor with a method `work(piece)`. size: actors at a time. An exception that the
-    method raises is raised here. Raises PoolError if an actor cannot start, and after five deaths
-    of actors with no piece finished between.
+    method raises is raised here. Raises PoolError if an actor cannot start, if none finds room within
+    start_timeout_s, and after several deaths on one piece, or of actors with no piece finished between.
+    Whoever stops early, by an exception or by closing the iterator, leaves no actor behind.
     """
-    waiting = deque(work)
-    idle = [make_actor() for _ in range(min(size, len(waiting)))]
-    running: dict[Any, tuple[Any, Any]] = {}
-    deaths = 0
-    while waiting or running:
-        while waiting and idle:
-            actor, piece = idle.pop(), waiting.popleft()
-            running[actor.work.remote(piece)] = (actor, piece)
-        for reference in ray.wait(list(running), num_returns=1)[0]:
-            actor, piece = running.pop(reference)
-            try:
-                result = ray.get(reference)
-            except RayActorError as error:
-                if error.actor_init_failed:  # its message is a trace that ends with the reason
-                    raise PoolError(str(error).strip().splitlines()[-1].partition("Error: ")[2]) from error
-                deaths += 1
-                if deaths >= _MOST_DEATHS_IN_A_ROW:
-                    raise PoolError(
-                        f"{deaths} actors died in a row, the last on {piece}: {error}; see that one fits into a node's "
-                        "memory (lower the batch size, or resources.actors)"
-                    ) from error
-                waiting.appendleft(piece)
-                idle.append(make_actor())
-                continue
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, UserError) else error) from None
-            deaths = 0
-            idle.append(actor)
-            yield piece, result
+    pool = _Pool(make_actor, size, work, start_timeout_s)
+    try:
+        yield from pool.results()
+    except BaseException:
+        pool.kill()
+        raise
+
+
+class _Pool:
+    def __init__(self, make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float) -> None:
+        self._make_actor, self._size, self._start_timeout_s = make_actor, size, start_timeout_s
+        self._work = list(work)
+        self._waiting = deque(range(len(self._work)))
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # by what resolves once the actor is up
+        self._running: dict[Any, tuple[Any, int]] = {}
+        self._deaths_on: Counter[int] = Counter()
+        self._deaths = 0
+        self._alive_at = time.monotonic()
+
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        while self._waiting or self._running:
+            while self._waiting and self._idle:
+                actor, number = self._idle.pop(), self._waiting.popleft()
+                self._running[actor.work.remote(self._work[number])] = (actor, number)
+            self._start()
+            ready = ray.wait([*self._running, *self._starting], num_returns=1, timeout=_LOOK_S)[0]
+            self._check_alive()
+            for reference in ready:
+                if reference in self._starting:
+                    self._started(reference)
+                elif (found := self._finished(reference)) is not None:
+                    yield found
+
+    def kill(self) -> None:
+        """Ends every actor, whatever it is at."""
+        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())]:
+            ray.kill(actor)
+
+    def _start(self) -> None:
+        """As many actors as there is work for."""
+        have = len(self._idle) + len(self._starting) + len(self._running)
+        for _ in range(min(self._size - have, len(self._waiting) - len(self._starting))):
+            actor = self._make_actor()
+            self._starting[actor.__ray_ready__.remote()] = actor
+
+    def _started(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            if error.actor_init_failed:  # its message is a trace that ends with the reason
+                last = str(error).strip().splitlines()[-1]
+                raise PoolError(last.partition("Error: ")[2] or last) from error
+            self._died("while it started", error)
+            return
+        self._idle.append(actor)
+
+    def _finished(self, reference: Any) -> tuple[Any, Any] | None:
+        """A piece and its result, or None if its actor died."""
+        actor, number = self._running.pop(reference)
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            self._deaths_on[number] += 1
+            self._waiting.appendleft(number)
+            self._died(f"on {self._work[number]}", error, self._deaths_on[number])
+            return None
+        except RayTaskError as error:
+            self._idle.append(actor)
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        self._deaths = 0
+        self._idle.append(actor)
+        return self._work[number], result
+
+    def _died(self, where: str, error: RayActorError, on_it: int = 0) -> None:
+        self._deaths += 1
+        hint = "see that one fits into a node's memory (lower the batch size, or resources.actors)"
+        if self._deaths >= _MOST_DEATHS_IN_A_ROW + self._size:
+            raise PoolError(f"{self._deaths} actors died in a row, the last {where}: {error}; {hint}") from error
+        if on_it >= _MOST_DEATHS_ON_A_PIECE:
+            raise PoolError(f"{on_it} actors died {where}: {error}; {hint}") from error
+
+    def _check_alive(self) -> None:
+        """Raises PoolError if for too long no actor has been up."""
+        if self._running or self._idle or not self._starting:
+            self._alive_at = time.monotonic()
+        elif time.monotonic() - self._alive_at > self._start_timeout_s:
+            free = ray.available_resources()
+            raise PoolError(
+                f"no actor of the pool found room within {self._start_timeout_s:g} s; "
+                f"free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs; "
+                "lower resources.actor_cpus or resources.actor_gpus, or add nodes"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 _PLAIN_EVERY_S = 15.0
+
+observers: list[Callable[[str, int, int, float], None]] = []
+"""Called at every update with what is done, how much of it, the total and the rate in units/s."""
 
 
 class Progress:
@@ -40,6 +44,8 @@ class Progress:
         rate = (done - self._first) / max(now - self._began, 1e-9)
         line = f"{rate:.1f} {self._unit}/s {text}".rstrip()
         self._bar.update(self._task, completed=done, text=line)
+        for observe in observers:
+            observe(self._what, done, self._total, rate)
         finished = self._done < self._total <= done
         self._done = done
         if not self._console.is_terminal and (finished or now - self._printed >= _PLAIN_EVERY_S):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dico_ray import ingest
 from dico_ray.config import Config, UserError
+from dico_ray.prometheus import Gauges
 from dico_ray.storage import Storage
 from dico_ray.training.telemetry import EventLog, MetricsLog
 from dico_ray.training.track import Tracker, open_tracker
+
+# Events that are counted, and as what; a restart of the command counts anew.
+_COUNTED = {
+    "failure": "failures", "checkpoint": "checkpoints", "checkpoint failed": "failed_checkpoints",
+    "passed over": "passed_over_steps", "hang": "hangs",
+}  # fmt: skip
 
 
 def start(config: Config) -> Any:
@@ -38,7 +43,7 @@ class Goodput:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._spans: list[tuple[int, float]] = []  # (last step, seconds) of each logged stretch
-        self._redone = self._stalled = self._waited = 0.0
+        self._redone = self._stalled = self._waited = self._validated = 0.0
         self._step = 0
 
     def begin(self, start: int) -> None:
@@ -53,12 +58,14 @@ class Goodput:
         stalled, waited = metrics["checkpoint_stall_s"], metrics["data_wait"] * seconds
         self._stalled += stalled
         self._waited += waited
+        self._validated += metrics.get("validation_s", 0.0)
         self._spans.append((self._step, seconds - stalled - waited))
         wall, useful = time.monotonic() - self._began, sum(s for _, s in self._spans)
-        known = useful + self._redone + self._stalled + self._waited
+        known = useful + self._redone + self._stalled + self._waited + self._validated
         return {
             "goodput": useful / wall, "lost_starting_s": max(0.0, wall - known), "lost_redone_s": self._redone,
             "lost_stalled_s": self._stalled, "lost_waiting_s": self._waited,
+            **({"lost_validating_s": self._validated} if self._validated else {}),
         }  # fmt: skip
 
 
@@ -74,9 +81,11 @@ class Recorder:
             open_tracker(service, self._run.url, config.run.name, about) for service in config.run.track
         ]
         self._latest: dict[str, Any] = {}
-        self._stop = ""
+        self._stop = self._attempt = ""
         self._goodput = Goodput()
-        self._gauges: dict[str, Gauge] = {}
+        self._logged = self._committed = time.monotonic()
+        self._gauges = Gauges({"run": config.run.name}, self._ages)
+        self._gauges.set(dict.fromkeys(_COUNTED.values(), 0) | {"total_steps": config.train.steps})
         self._recent: list[dict[str, Any]] = []
 
     @ray.method(concurrency_group="writing")
@@ -91,7 +100,10 @@ class Recorder:
             self._log.close()
         self._log = MetricsLog(self._run, start, unlogged)
         self._goodput.begin(start)
+        self._attempt = attempt
         self._latest = {}
+        self._logged = time.monotonic()
+        self._gauges.set({"step": start, "workers": workers, "skipped_steps": 0, "log_due_s": 0.0})
         self._stop = "" if self._stop == RESTART else self._stop
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
         self.event({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,
@@ -102,14 +114,26 @@ class Recorder:
         """metrics: plain numbers by name; `step` among them."""
         assert self._log
         metrics = {**metrics, **self._goodput.add(metrics), "object_store_mb": ingest.object_store_use()[0] / 1e6}
+        metrics["time"] = time.time()
         self._latest = metrics
         for log in (self._log, *self._trackers):
             log.log(metrics)
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                if name not in self._gauges:
-                    self._gauges[name] = Gauge(f"dico_ray_{name}", f"{name} of training", ("run",))
-                self._gauges[name].set(float(value), {"run": self._config.run.name})
+        self._logged, train = time.monotonic(), self._config.train
+        due = {"log_due_s": train.log_every, "checkpoint_due_s": train.checkpoint_every}
+        self._gauges.set({**metrics, **{name: steps * metrics["step_s"] for name, steps in due.items()}})
+
+    @ray.method(concurrency_group="writing")
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        """An evaluation's numbers, with the `step` of its checkpoint, which training has left behind."""
+        assert self._log
+        for log in (self._log, *self._trackers):
+            log.log({**metrics, "time": time.time()})
+        self._gauges.set({"evaluation_step" if name == "step" else name: value for name, value in metrics.items()})
+
+    def _ages(self) -> dict[str, float]:
+        """Seconds since metrics were logged or workers began, and since a commit or the command began."""
+        now = time.monotonic()
+        return {"log_age_s": now - self._logged, "checkpoint_age_s": now - self._committed}
 
     @ray.method(concurrency_group="writing")
     def event(self, event: dict[str, Any]) -> None:
@@ -117,12 +141,22 @@ class Recorder:
         event = {"time": time.time(), **event}
         self._events.add(event)
         self._recent.append(event)
+        if name := _COUNTED.get(event["event"]):
+            self._gauges.add(name, len(event["steps"]) if "steps" in event else 1)
+        if event["event"] == "checkpoint":
+            self._committed = time.monotonic()
+            self._gauges.set({f"checkpoint_{name}": event[name] for name in ("step", "seconds", "bytes")})
 
     @ray.method(concurrency_group="answering")
     def latest(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The last logged metrics, and the events since the last call."""
         recent, self._recent = self._recent, []
         return self._latest, recent
+
+    @ray.method(concurrency_group="answering")
+    def begun(self) -> str:
+        """The attempt whose workers began last; '' before the first."""
+        return self._attempt
 
     @ray.method(concurrency_group="answering")
     def want_stop(self, reason: str) -> None:
@@ -138,6 +172,7 @@ class Recorder:
         for log in (self._log, *self._trackers):
             if log:
                 log.close()
+        self._gauges.close()
 
 
 RESTART = "restart"

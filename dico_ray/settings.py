@@ -78,7 +78,9 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first.get("ctx", {}).get("error", first["msg"]))
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{path}: {first['input']!r}: {message}; change {path}"
+    # Keys may stand in the options, and what is printed ends up in logs.
+    value = "" if path.startswith("storage.options") else f"{first['input']!r}: "
+    return f"{path}: {value}{message}; change {path}"
 
 
 def nearest(path: str) -> str:

@@ -12,9 +12,11 @@ import io
 import json
 import os
 import random
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +37,7 @@ from dico_ray.stores import (
     library_errors,
     list_files,
     open_store,
+    put_file,
     read_into,
 )
 
@@ -172,6 +175,30 @@ class Storage:
             _write_local(self.path(name), data)
         except OSError as error:
             raise StorageError(f"{self.path(name)}: cannot be written: {error.strerror}") from error
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write in parts, too large for memory; readers see it once the block has ended without an error.
+
+        For an object store it is kept on the local disk until then.
+        """
+        mine = f"{uuid4().hex[:8]}.tmp"
+        path = f"{self.path(name)}.{mine}" if self.is_local else os.path.join(tempfile.gettempdir(), mine)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(path, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if self.is_local:
+                os.replace(path, self.path(name))
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+        else:
+            if not self.is_local:
+                self._retry(name, lambda fs: put_file(fs, path, self.path(name)))
+        finally:
+            Path(path).unlink(missing_ok=True)
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted paths of all files below, relative to this folder. An absent folder has none."""

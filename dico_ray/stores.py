@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections import deque
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 CREDENTIALS = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or storage.anonymous and storage.options"
 _SETTINGS = "see storage.endpoint (a URL, with http:// or https://) and storage.options"
 _OPEN_FILES = 256  # of pyarrow's, kept because opening one asks for its size
+_COPY_BYTES = 16 * 2**20
 _FOR_GOOD = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG,
     errno.ENOSYS, errno.EEXIST, errno.ENOTEMPTY, errno.EMSGSIZE, errno.ELOOP,
@@ -92,6 +94,15 @@ def read_into(fs: fsspec.AbstractFileSystem, path: str, start: int, buffer: memo
         raise
     buffer[: len(data)] = data
     return len(data)
+
+
+def put_file(fs: fsspec.AbstractFileSystem, source: str, path: str) -> None:
+    """Copies a local file into the store, in parts; it is there once all of it is."""
+    if isinstance(fs, ArrowStore):  # whose wrapper would first make folders, which object stores have not
+        with open(source, "rb") as file, fs.fs.open_output_stream(path) as target:
+            shutil.copyfileobj(file, target, _COPY_BYTES)
+    else:
+        fs.put_file(source, path)
 
 
 def list_files(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -17,16 +17,19 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dico_ray import cluster, ingest, recorder, worker
+from dico_ray import cluster, evaluator, ingest, recorder, worker
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.shards import Manifest, ShardError
+from dico_ray.evaluator import Evaluator
 from dico_ray.progress import Progress
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
 from dico_ray.training import attempts, posthoc
 from dico_ray.training.attempts import Attempt, FencedError
 from dico_ray.training.checkpoint import Checkpoint, DamagedError
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.loop import DivergedError
+from dico_ray.training.validation import check_held_out
 from dico_ray.worker import CHECKPOINTS
 
 CONFIG, PASSED_OVER = "config.yaml", "passed_over.json"
@@ -51,12 +54,17 @@ def main(config: Config, *, verbose: bool = False) -> None:
     run = Storage(config.run.folder)
     manifest = Manifest.load(Storage(config.data.latents))
     check_fits(config, manifest)
+    if config.train.validate_every:
+        check_held_out(config, manifest)
+    due = Evaluations.of(config)
+    if due:
+        evaluator.check(config)
     last = check_resumes(config, manifest)
     if last and last.step >= config.train.steps:
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
     run.write(CONFIG, config.to_yaml().encode())
-    cluster.connect(verbose)
+    cluster.connect(verbose, config.run.name)
     gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
     cluster.require(
         least * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
@@ -66,8 +74,16 @@ def main(config: Config, *, verbose: bool = False) -> None:
     )
     ingest.check_memory(config, manifest)
     keeper = recorder.start(config)
-    with _stopping(keeper), _display(config, keeper, last.step if last else 0):
-        end = _Launch(config, manifest, keeper, gpu).run()
+    beside = Evaluator(config, due, keeper) if due else None
+    try:
+        with _stopping(keeper), _display(config, keeper, last.step if last else 0), beside or nullcontext():
+            end = _Launch(config, manifest, keeper, gpu, beside).run()
+            if beside:
+                beside.finish()
+    except UserError as error:
+        ray.get(keeper.event.remote({"event": "end", "text": str(error)}))
+        raise
+    ray.get(keeper.event.remote({"event": "end", "text": f"trained to step {end.step}"}))
     ray.get(keeper.close.remote())
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
 
@@ -131,6 +147,7 @@ class _Launch:
     manifest: Manifest
     keeper: Any
     gpu: bool
+    beside: Evaluator | None = None
 
     def __post_init__(self) -> None:
         self._run = Storage(self.config.run.folder)
@@ -166,7 +183,7 @@ class _Launch:
 
     def _failed(self, error: Exception, failures: int) -> None:
         """Notes a failure. Raises what ended the run, if that is not worth another attempt."""
-        cause, most = _cause(error), self.config.train.max_failures
+        cause, most = cause_of(error), self.config.train.max_failures
         text = str(cause) if cause else _deaths(error)
         ray.get(self.keeper.event.remote({"event": "failure", "count": failures, "text": text}))
         if isinstance(cause, FencedError):
@@ -183,6 +200,8 @@ class _Launch:
         """One group of workers, from start to end."""
         train, step = self.config.train, last.step if last else 0
         also = {"CPU": ingest.READ_TASK_CPUS}
+        if self.beside and self._mine:
+            self.beside.make_room(self._mine.name)
         size = cluster.room_for(train.world_sizes, self._bundle, also, train.start_timeout_s, "train.num_workers")
         config = build(merge(self.config.model_dump(), {"train": {"num_workers": size, **self._micro(size)}}))
         dataset = ingest.training_dataset(config, self.manifest, step)
@@ -249,7 +268,7 @@ def _passed_over(run: Storage) -> list[int]:
     return json.loads(run.read(PASSED_OVER)) if run.exists(PASSED_OVER) else []
 
 
-def _cause(error: BaseException) -> UserError | None:
+def cause_of(error: BaseException) -> UserError | None:
     """A worker's own explanation, if one of them gave it."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = failure

@@ -18,8 +18,10 @@ from torch import Tensor
 from dico_ray import __version__, weight_files
 from dico_ray.config import Config, ConfigError, Model
 from dico_ray.data.latents import Autoencoder
+from dico_ray.diffusion.sampler import METHODS
 from dico_ray.models import DiCo
 from dico_ray.storage import Storage
+from dico_ray.training import evaluations
 from dico_ray.training.checkpoint import COMMIT, Checkpoint, folder_name, write_whole
 
 if TYPE_CHECKING:
@@ -33,12 +35,24 @@ _INDEX = "model_index.json"
 
 def find_checkpoint(config: Config) -> Checkpoint:
     """The checkpoint that sample.checkpoint names. Raises ConfigError if there is none."""
-    if config.sample.checkpoint != "last":
+    if config.sample.checkpoint not in ("last", "best"):
         return Checkpoint.open(Storage(config.sample.checkpoint))
-    last = Checkpoint.last(Storage(config.run.folder).at(CHECKPOINTS))
+    run = Storage(config.run.folder)
+    last = Checkpoint.last(run.at(CHECKPOINTS))
     if last is None:
         raise ConfigError(f"run.name: {config.run.folder} has no committed checkpoint; train it, or name another run")
-    return last
+    return last if config.sample.checkpoint == "last" else _best(run, last)
+
+
+def _best(run: Storage, last: Checkpoint) -> Checkpoint:
+    """By the metric that the run was trained with. Raises ConfigError if no checkpoint has it."""
+    metric = last.about["config"].get("train", {}).get("best_metric", "loss")
+    best = Checkpoint.best(run.at(CHECKPOINTS), metric, evaluations.scores(run.at(evaluations.FOLDER), metric))
+    if best is None:
+        raise ConfigError(
+            f"sample.checkpoint: 'best', but no checkpoint of {run.url} has train.best_metric = {metric}; take 'last'"
+        )
+    return best
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -127,6 +141,11 @@ def run_export(config: Config, *, verbose: bool = False, to: str, format: str, d
     if not to or (suffixes and not to.endswith(suffixes)):
         wanted = f"a file ending in {' or '.join(suffixes)}" if suffixes else "a folder"
         raise ConfigError(f"--to {to or '(unset)'}: --format {format} writes {wanted}; name one")
+    if format == "diffusers" and config.sample.method not in METHODS:
+        raise ConfigError(
+            f"sample.method: {config.sample.method}; a pipeline is exported with {' or '.join(METHODS)}, and takes "
+            "diffusers' own schedulers by from_config"
+        )
     checkpoint = find_checkpoint(config)
     tensors = {name: tensor.to(_DTYPES[dtype]) for name, tensor in load_tensors(checkpoint, config).items()}
     if format == "diffusers":
@@ -185,7 +204,7 @@ def _pipeline(config: Config, checkpoint: Checkpoint, tensors: dict[str, Tensor]
         check_codec(checkpoint, autoencoder)
         vae, vae_id = autoencoder.network, ""
         vae.register_to_config(_name_or_path="")  # a path of this machine
-    scheduler = DiCoScheduler(method=config.sample.method)
+    scheduler = DiCoScheduler(method=config.sample.method)  # pyright: ignore[reportArgumentType]
     return DiCoPipeline(network.eval(), scheduler, vae, vae_id, checkpoint.about["classes"])
 
 

@@ -21,6 +21,7 @@ from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
 from dico_ray.training.attempts import Attempt
 from dico_ray.training.checkpoint import Checkpoint, Retention
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.watchdog import Watchdog
 from dico_ray.training.writer import CheckpointWriter
 
@@ -34,10 +35,11 @@ def run(task: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from dico_ray.models import compile_blocks
+    from dico_ray.models import compile_blocks, use_kernels
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
+    from dico_ray.training.validation import Validation
 
     config = build(task["config"])
     device = get_device()
@@ -47,6 +49,7 @@ def run(task: dict[str, Any]) -> None:
     took = _Stopwatch()
     model = _model(config)
     took("network")
+    kernels = use_kernels(model, config.model.kernels, device, config.train.zero_stage)
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
     engine = Engine(model, config.train, device)
@@ -58,10 +61,15 @@ def run(task: dict[str, Any]) -> None:
         checkpoints.restore(begun, engine, ema)
         start = begun.step
         took("checkpoint read")
+    validate = None
+    if config.train.validate_every:
+        validate = Validation(config, engine, ema)
+        took("held-out latents")
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
     with WorkerReport(config, task, engine, ema, start, took) as report:
-        train_loop(config, engine, ema, batches, report, task["passed_over"])
+        report.tell({"event": "kernels", "text": kernels})
+        train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
 
 
 class _Stopwatch:
@@ -107,10 +115,10 @@ class WorkerReport:
         train, storage = config.train, self._run.at(CHECKPOINTS)
         common = (train.max_failed_saves, self._event, config.storage.retry_s + _PATIENCE_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        rule = Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
         self._writer = CheckpointWriter(
-            storage, attempt, engine, partial(checkpoints.state, engine, ema), rule, *common, thread
-        )
+            storage, attempt, engine, partial(checkpoints.state, engine, ema), Retention.of(train), *common, thread,
+            evaluations=Evaluations.of(config),
+        )  # fmt: skip
         self._averages: CheckpointWriter | None = None
         if train.ema_snapshot_every:
             folder = self._run.at(checkpoints.AVERAGES)
@@ -171,6 +179,11 @@ class WorkerReport:
             writer.poll()
         # Ray's controller leaves the notice in each worker; the public call asks every rank, and takes milliseconds.
         return bool(self._stop) or get_train_context().preemption_context.preemption_info is not None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event of rank 0: what the other ranks say alike is said once."""
+        if self._engine.rank == 0:
+            self._event(event)
 
     def _event(self, event: dict[str, Any]) -> None:
         self._recorder.event.remote(event)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dico_ray import pool
 from dico_ray.config import ConfigError
+from dico_ray.metrics import Features, Statistics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -24,8 +32,11 @@ class Worker:
         if refuse:
             raise ConfigError("codec.vae: not there")
         self._folder = Path(folder)
+        (self._folder / f"here-{os.getpid()}").touch()
 
     def work(self, piece: int) -> tuple[int, int]:
+        while (self._folder / "together").exists() and len(list(self._folder.glob("here-*"))) < 3:
+            time.sleep(0.01)
         deadly = self._folder / f"deadly-{piece}"
         if deadly.exists():
             deadly.unlink()
@@ -44,6 +55,7 @@ def _run(folder: Path, size: int, count: int, **settings: Any) -> list[tuple[int
 
 
 def test_every_piece_is_done_once_by_several_actors(tmp_path: Path) -> None:
+    (tmp_path / "together").touch()  # the first to be up wait for the others
     done = _run(tmp_path, 3, 40)
     assert sorted((piece, result[0]) for piece, result in done) == [(i, i * i) for i in range(40)]
     assert len({result[1] for _, result in done}) == 3
@@ -77,3 +89,103 @@ def test_an_actor_that_cannot_start_tells_why(tmp_path: Path) -> None:
 def test_ranges_cover_the_count() -> None:
     assert pool.ranges(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert pool.ranges(4, 4) == [(0, 4)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    count=st.integers(0, 60),
+    size=st.integers(1, 20),
+    done=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=5),
+)
+def test_what_remains_and_what_is_done_cover_each_index(count: int, size: int, done: list[tuple[int, int]]) -> None:
+    finished = [(start, min(start + length, count)) for start, length in done if start <= count]
+    left = pool.remaining(count, finished, size)
+    assert all(0 < stop - start <= size for start, stop in left)
+    indices = [i for start, stop in left for i in range(start, stop)]
+    assert sorted(indices) == sorted(set(range(count)) - {i for start, stop in finished for i in range(start, stop)})
+
+
+@ray.remote(num_cpus=0)
+class FeatureWorker:
+    """Features of index ranges, each after a while; leaves its process id in `folder`, and what it was at."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        (self._folder / f"alive-{os.getpid()}").touch()
+
+    def work(self, piece: tuple[int, int]) -> Features:
+        (self._folder / f"holds-{os.getpid()}").touch()
+        time.sleep(0.05)
+        (self._folder / f"holds-{os.getpid()}").unlink()
+        rows = [torch.randn(12, generator=torch.Generator().manual_seed(index)) for index in range(*piece)]
+        return Features(torch.stack(rows))
+
+
+def _kill_one(folder: Path, pattern: str, done: threading.Event) -> bool:
+    """Kills a worker that a file of this pattern names; waits for one."""
+    while not done.is_set():
+        for path in folder.glob(pattern):
+            try:
+                os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            finally:
+                (folder / f"alive-{path.name.rpartition('-')[2]}").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_actors_that_die_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """Killed while they hold an unfinished range, and at any moment after they delivered others."""
+    work, done, kills = pool.ranges(600, 7), threading.Event(), []
+
+    def killer() -> None:
+        rng = random.Random(0)
+        for pattern in ("holds-*", "alive-*", "holds-*", "alive-*"):
+            done.wait(rng.uniform(0.2, 0.6))
+            kills.append(_kill_one(tmp_path, pattern, done))
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    disturbed = Statistics()
+    try:
+        for (start, _), part in pool.run(lambda: FeatureWorker.remote(str(tmp_path)), 2, work):
+            disturbed.add(start, part)  # raises if an index came twice
+    finally:
+        done.set()
+        thread.join()
+    assert kills.count(True) == 4
+    whole = Statistics()
+    rows = [torch.randn(12, generator=torch.Generator().manual_seed(index)) for index in range(600)]
+    whole.add(0, Features(torch.stack(rows)))
+    assert disturbed.count == 600
+    assert torch.equal(disturbed.features(), whole.features())
+    assert disturbed.pool is not None
+    assert whole.pool is not None
+    for found, wanted in zip(disturbed.pool.compute(), whole.pool.compute(), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_who_stops_early_leaves_no_actor(tmp_path: Path) -> None:
+    results = pool.run(lambda: FeatureWorker.remote(str(tmp_path)), 2, pool.ranges(400, 4))
+    next(results)
+    results.close()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{path.name[6:]}").exists() for path in tmp_path.glob("alive-*")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_actors_without_room_hold_nothing_up(tmp_path: Path) -> None:
+    """Three are wanted; there is room for one of four CPUs at a time."""
+    one = FeatureWorker.options(num_cpus=3)
+    done = dict(pool.run(lambda: one.remote(str(tmp_path)), 3, pool.ranges(60, 10)))
+    assert len(done) == 6
+
+
+def test_no_room_at_all_is_told(tmp_path: Path) -> None:
+    one = FeatureWorker.options(num_cpus=3, resources={"unheard_of": 1})
+    with pytest.raises(pool.PoolError, match=r"no actor of the pool found room within 1 s; free are \d"):
+        list(pool.run(lambda: one.remote(str(tmp_path)), 1, [(0, 1)], start_timeout_s=1))

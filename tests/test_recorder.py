@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,7 @@ import ray
 from dico_ray import recorder
 from dico_ray.settings import build
 from dico_ray.storage import Storage
-from dico_ray.training.telemetry import read_events, read_metrics
+from dico_ray.training.telemetry import EVALUATED, read_evaluated, read_events, read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -35,17 +36,21 @@ def test_metrics_reach_prometheus_and_the_run_s_files(tmp_path: Path) -> None:
     keeper = recorder.start(config)
     ray.get(keeper.begin.remote(0, "000001-00000000", 2, [], {"engine": 1.5}))
     ray.get(keeper.log.remote(metrics(10, loss=0.125)))
-    end = time.monotonic() + 60
-    while "dico_ray_loss" not in (text := scrape()) and time.monotonic() < end:
+    ray.get(keeper.evaluated.remote({"step": 5, "fid": 9.5, EVALUATED: 100}))
+    end = time.monotonic() + 180
+    while "dico_ray_evaluation_step" not in (text := scrape()) and time.monotonic() < end:
         time.sleep(1)
     (line,) = [line for line in text.splitlines() if "dico_ray_loss{" in line]
     assert 'run="watched"' in line
     assert float(line.split()[-1]) == 0.125
+    shown = {name: float(value) for name, value in re.findall(r"dico_ray_(\w+)\{.*\} (\S+)", text)}
+    assert (shown["step"], shown["evaluation_step"], shown["fid"]) == (10, 5, 9.5)
     ray.get(keeper.close.remote())
     run = Storage(config.run.folder)
     (logged,) = read_metrics(run)
     assert logged["loss"] == 0.125
     assert 0 < logged["goodput"] <= 1
+    assert read_evaluated(run) == [{"step": 5, "fid": 9.5, EVALUATED: 100}]
     assert [e["event"] for e in read_events(run)] == ["start"]
 
 
@@ -60,6 +65,8 @@ def test_what_was_done_twice_is_no_goodput(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["lost_starting_s"] == pytest.approx(10)
     goodput.begin(5)  # steps 6 to 10 are lost; the logged stretch ends beyond
     now[0] = 40.0
-    found = goodput.add(metrics(10, step_s=1.0, data_wait=0.0))
+    found = goodput.add(metrics(10, step_s=1.0, data_wait=0.0, validation_s=2.0))
     assert found["lost_redone_s"] == pytest.approx(17)
+    assert found["lost_validating_s"] == 2.0
+    assert found["lost_starting_s"] == pytest.approx(40 - 17 - 5 - 2 - 1 - 2)  # redone, useful, waited, stalled, this
     assert found["goodput"] == pytest.approx(5 / 40)

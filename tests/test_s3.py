@@ -16,6 +16,7 @@ import ray
 
 from dico_ray import cluster, ingest, storage
 from dico_ray.config import ConfigError, StorageSettings
+from dico_ray.data.generated import gaps, image_set
 from dico_ray.data.reader import Samples, read_chunks
 from dico_ray.data.shards import MANIFEST, Manifest, ShardError
 from dico_ray.settings import build
@@ -122,6 +123,23 @@ def test_files_of_several_parts(library: str) -> None:
     folder(library).write("big", data)
     assert folder(library).read("big") == data
     assert folder(library).read("big", 1000, 9_000_000) == data[1000:9_000_000]
+
+
+@pytest.mark.usefixtures("use")
+@pytest.mark.parametrize("format", ["png", "webdataset", "npz"])
+def test_generated_images_are_stored_and_found(library: str, format: str) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 512, 512, 3), np.uint8)
+    images = image_set(format, folder(f"generated-{library}-{format}"), ("a", "b"), 6)
+    for start, stop in ((3, 6), (0, 3)):
+        parts = [images.put(i, i % 2, pictures[i]) for i in range(start, stop)]
+        images.close((start, stop), [i % 2 for i in range(start, stop)], parts)
+    assert gaps(6, images.held()) == []
+    images.finish(np.arange(6) % 2)
+    found = images.read([5, 1])
+    assert all(np.array_equal(found[i], pictures[i]) for i in (1, 5))
+    assert gaps(6, images.held()) == []
+    images.clear()
+    assert images.held() == []
 
 
 @pytest.mark.usefixtures("use")

@@ -67,6 +67,18 @@ def test_names_are_all_files_below_sorted(storage: Storage) -> None:
     assert storage.at("a").read("2.tar") == b"x"
 
 
+def test_a_file_written_in_parts_appears_when_it_is_whole(storage: Storage) -> None:
+    with storage.writing("a/big") as file:
+        file.write(b"one ")
+        assert storage.names() == []
+        file.write(b"two")
+    assert storage.read("a/big") == b"one two"
+    with pytest.raises(RuntimeError), storage.writing("a/torn") as file:  # noqa: PT012
+        file.write(b"half")
+        raise RuntimeError
+    assert storage.names() == ["a/big"]
+
+
 def test_unfinished_files_are_not_listed(storage: Storage) -> None:
     storage.write("a.json", b"x")
     storage.write("a.json.12345678.tmp", b"half")

@@ -222,6 +222,7 @@ def test_the_whole_way_to_the_report(trained: Config, folder: Path, capsys: pyte
     assert result["judge"]["reference"] > 0.95
     assert 0 <= result["judge"]["images"] <= 0.6  # four steps of training draw no digits
     assert result["provenance"]["samples"]["step"] == 4
+    assert result["provenance"]["samples"]["ema"] == f"decay {trained.train.ema_decay}"
     page = (run / "report.html").read_text()
     assert "not comparable with published FIDs" in page.replace("\n", " ")
     capsys.readouterr()

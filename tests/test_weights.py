@@ -154,6 +154,12 @@ def test_impossible_exports_are_refused(tmp_path: Path, to: str, format: str, dt
         weights.run_export(config(tmp_path), to=to, format=format, dtype=dtype)
 
 
+def test_a_pipeline_is_not_exported_with_a_solver_that_it_lacks(tmp_path: Path) -> None:
+    settings = config(tmp_path, sample={"method": "dpm++2m"})
+    with pytest.raises(ConfigError, match=r"sample\.method: dpm\+\+2m; a pipeline is exported with ddpm or ddim"):
+        weights.run_export(settings, to=str(tmp_path / "out"), format="diffusers", dtype="fp32")
+
+
 def test_the_command_line(tmp_path: Path, released: str, capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--run.storage", str(tmp_path), "--run.name", "c"]
     assert cli.main(["import", released, *own, "--step", "9"]) == 0

@@ -9,18 +9,20 @@ import yaml
 from pydantic import Field, model_validator
 
 from dico_ray.config.base import ConfigError, Location, LocationOrHubId, Section, UserError
+from dico_ray.config.cluster import Cluster
 from dico_ray.config.data import Codec, Data, Encode
 from dico_ray.config.evaluation import Evaluate
 from dico_ray.config.hardware import Hardware
 from dico_ray.config.model import ARCHITECTURES, Architecture, Model
 from dico_ray.config.run import Resources, Run, StorageSettings
 from dico_ray.config.sampling import Sample
+from dico_ray.config.sweep import SCALE, Sweep
 from dico_ray.config.train import WIDEST_PROFILE, Train, is_profile_name
 
 __all__ = [
-    "ARCHITECTURES", "WIDEST_PROFILE", "Architecture", "Codec", "Config", "ConfigError", "Data", "Encode", "Evaluate",
-    "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section", "StorageSettings",
-    "Train", "UserError", "is_profile_name",
+    "ARCHITECTURES", "SCALE", "WIDEST_PROFILE", "Architecture", "Cluster", "Codec", "Config", "ConfigError", "Data",
+    "Encode", "Evaluate", "Hardware", "Location", "LocationOrHubId", "Model", "Resources", "Run", "Sample", "Section",
+    "StorageSettings", "Sweep", "Train", "UserError", "is_profile_name",
 ]  # fmt: skip
 
 
@@ -38,8 +40,10 @@ class Config(Section):
     train: Train = Field(default_factory=lambda: Train.model_validate({}))
     sample: Sample = Field(default_factory=lambda: Sample.model_validate({}))
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate.model_validate({}))
+    sweep: Sweep = Field(default_factory=lambda: Sweep.model_validate({}))
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     hardware: Hardware = Field(default_factory=lambda: Hardware.model_validate({}))
+    cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
@@ -61,6 +65,21 @@ class Config(Section):
             )
         if train.offload and train.zero_stage == 0:
             raise ValueError("train.offload: true needs a sharded optimizer; take train.zero_stage 1, 2 or 3")
+        if train.validate_every and not self.data.validation:
+            raise ValueError(
+                f"train.validate_every: {train.validate_every} needs held-out latents; set data.validation"
+            )
+        every = self.evaluate.every
+        if every and every % train.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
+                "and only checkpoints are evaluated; change one of them"
+            )
+        if self.model.kernels == "triton" and train.zero_stage == 3:
+            raise ValueError(
+                "model.kernels: triton does not go with train.zero_stage 3, which gathers weights layer by layer; "
+                "take auto or torch, or another stage"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

@@ -22,20 +22,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-def _absolute(location: str) -> str:
+def absolute(location: str) -> str:
     """A local path made absolute, since Ray's workers run in other folders; URLs and '' stay."""
     return location if not location or "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
-def _absolute_if_local(location: str) -> str:
+def absolute_if_local(location: str) -> str:
     """The same for what may also be a hub id, such as owner/name."""
-    return _absolute(location) if location.startswith((".", "/", "~")) or os.path.isdir(location) else location
+    return absolute(location) if location.startswith((".", "/", "~")) or os.path.isdir(location) else location
 
 
-Location = Annotated[str, AfterValidator(_absolute)]
+Location = Annotated[str, AfterValidator(absolute)]
 
 
-LocationOrHubId = Annotated[str, AfterValidator(_absolute_if_local)]
+LocationOrHubId = Annotated[str, AfterValidator(absolute_if_local)]
 
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -16,6 +16,8 @@ class Codec(Section):
     "A diffusers AutoencoderKL: a local folder or a hub id."
     precision: Literal["fp32", "bf16"] = "fp32"
     "Arithmetic of encoding and decoding."
+    compile: bool = False
+    "Compile the autoencoder (GPUs only): a minute or so to start, for thousands of images."
 
 
 class Data(Section):
@@ -31,6 +33,10 @@ class Data(Section):
     "Folder on each node (RAM or NVMe) that keeps chunks for later epochs, checked by hash. Unset: no cache."
     cache_gb: float = Field(20.0, gt=0)
     "Size of a node's cache; the chunks used longest ago make room."
+    validation: Location = ""
+    "Folder or URL of held-out latent shards, for train.validate_every: encoded by the same codec.vae."
+    validation_samples: int = Field(2048, ge=1)
+    "Samples of a validation, spread evenly over that set; all of a smaller one."
 
 
 class Encode(Section):

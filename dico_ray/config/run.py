@@ -35,7 +35,7 @@ class StorageSettings(Section):
     "URL of the store's server; unset: AWS_ENDPOINT_URL, or the provider's own."
     anonymous: bool = False
     "Ask without credentials (public buckets)."
-    options: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     "The library's own options, as {key: ..., secret: ...}; never written to config.yaml. Unset: environment variables."
     retry_s: float = Field(120.0, ge=0)
     "Seconds for which a failing request is tried again, with growing pauses."
@@ -54,5 +54,7 @@ class Resources(Section):
     "Size of the pool that encodes, samples or evaluates."
     actor_cpus: float = Field(1.0, gt=0)
     "CPUs that Ray reserves for each actor of the pool."
+    actor_gpus: float = Field(1.0, gt=0, le=1)
+    "GPUs, or the share of one, that Ray reserves for each actor of the pool where networks run on GPUs."
     threads: int | None = Field(None, ge=1)
     "Arithmetic threads of a CPU worker or actor. Unset: as many as its CPUs."

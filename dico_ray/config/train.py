@@ -68,7 +68,7 @@ class Train(Section):
     keep_best: int = Field(0, ge=0)
     "So many checkpoints with the smallest train.best_metric stay."
     best_metric: str = "loss"
-    "Logged metric by which checkpoints are compared."
+    "Metric by which checkpoints are compared: a logged one, such as val_loss, or an evaluation's, such as fid."
     max_failed_saves: int = Field(3, ge=0)
     "Checkpoints in a row that may fail to be written before the run stops (each is tried for storage.retry_s)."
     max_skipped_steps: int = Field(5, ge=1)
@@ -77,6 +77,8 @@ class Train(Section):
     "Seconds without a finished step after which a worker writes its stacks to hangs/ in the run's folder and restarts."
     log_every: int = Field(100, ge=1)
     "Steps between logged metrics (the logged loss is the mean over these steps)."
+    validate_every: int | None = Field(None, ge=1)
+    "Steps between losses of the EMA weights on data.validation (val_loss); the last step has one. Unset: none."
     max_failures: int = Field(3, ge=0)
     "Worker failures after which Ray Train gives up; each restart continues at the last checkpoint."
     start_timeout_s: float = Field(600.0, gt=0)

@@ -43,8 +43,11 @@ class Autoencoder:
     The scale is the autoencoder's own `scaling_factor` (0.18215 for Stable Diffusion's).
     """
 
-    def __init__(self, path: str, precision: str, device: torch.device) -> None:
-        """path: a folder or a hub id. Raises ConfigError if nothing loads from it, or a local folder is absent."""
+    def __init__(self, path: str, precision: str, device: torch.device, compiled: bool = False) -> None:
+        """path: a folder or a hub id. compiled: by torch.compile, at the first use of each batch size.
+
+        Raises ConfigError if nothing loads from the path, or a local folder is absent.
+        """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
@@ -64,12 +67,25 @@ class Autoencoder:
                 f"codec.vae: the weights in {path} lack {len(loaded['missing_keys'])} tensors, among them "
                 f"{sorted(loaded['missing_keys'])[0]}; copy the file again"
             )
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        # cuDNN's fast convolutions take channels last; with NCHW weights it would turn each layer's input around.
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self._vae = vae.to(device, memory_format=layout).eval().requires_grad_(False)
+        self._compiled, self._largest = compiled, 0
+        if compiled:
+            self._vae.encoder.compile(dynamic=False)
+            self._vae.decoder.compile(dynamic=False)
         self._device, self._dtype = device, _DTYPES[precision]
         self.scale = float(vae.config["scaling_factor"])
         self.channels = int(vae.config["latent_channels"])
         self.factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.path = path
+
+    def _whole(self, batch: Tensor) -> Tensor:
+        """A batch as the network takes it: a compiled one is made for each size, so it gets the largest size yet."""
+        if not self._compiled:
+            return batch
+        self._largest = max(self._largest, len(batch))
+        return torch.cat([batch, batch[-1:].expand(self._largest - len(batch), *batch.shape[1:])])
 
     @property
     def network(self) -> Any:
@@ -92,11 +108,11 @@ class Autoencoder:
         """
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
         images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
-        posterior = self._vae.encode(images).latent_dist
+        posterior = self._vae.encode(self._whole(images)).latent_dist
         log_variance = posterior.logvar.float() + 2 * math.log(self.scale)
-        return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)
+        return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)[: len(pixels)]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are."""
-        return decode(self._vae, latents)
+        return decode(self._vae, self._whole(latents))[: len(latents)]

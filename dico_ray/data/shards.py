@@ -134,8 +134,8 @@ class Manifest:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def load(cls, storage: Storage) -> Manifest:
-        """Reads a data set's manifest.
+    def load(cls, storage: Storage, setting: str = "data.latents") -> Manifest:
+        """Reads a data set's manifest. setting: which one named the folder, for errors.
 
         Raises ConfigError if there is none (a wrong folder), ShardError if it is damaged or contradicts itself.
         """
@@ -143,7 +143,7 @@ class Manifest:
             raw = json.loads(storage.read(MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
-                f"data.latents: {storage.url} has no {MANIFEST}; name a folder that `dico-ray encode` finished"
+                f"{setting}: {storage.url} has no {MANIFEST}; name a folder that `dico-ray encode` finished"
             ) from None
         except ValueError as error:
             raise ShardError(f"{storage.url}/{MANIFEST} is not JSON ({error}); run `dico-ray encode` again") from None

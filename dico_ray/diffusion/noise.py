@@ -44,6 +44,9 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 5
     POSTERIOR = 6
     TRAIN_POSTERIOR = 7
+    VALIDATION_TIMESTEP = 16
+    VALIDATION_NOISE = 17
+    VALIDATION_POSTERIOR = 18
 
 
 def normal(seed: int, stream: Stream, step: int, rows: Tensor, shape: Sequence[int]) -> Tensor:

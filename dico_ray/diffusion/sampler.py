@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,10 @@ class Guidance:
         """Whether this original timestep lies in the interval."""
         return self.interval is None or self.interval[0] <= timestep <= self.interval[1]
 
+    def doubles_at(self, timestep: int) -> bool:
+        """Whether the network is evaluated on two rows an image there: within the interval, at a scale but 1."""
+        return self.acts_at(timestep) and self.scale != 1
+
 
 def guided_output(model: Model, x: Tensor, t: Tensor, y: Tensor, guidance: Guidance) -> Tensor:
     """Evaluate the model on the doubled batch [conditional; null] and guide the noise it predicts.
@@ -95,6 +99,49 @@ def guided_output(model: Model, x: Tensor, t: Tensor, y: Tensor, guidance: Guida
     conditional, unconditional = output.chunk(2)
     u, c = unconditional[:, :guided], conditional[:, :guided]
     return torch.cat([u + guidance.scale * (c - u), conditional[:, guided:]], dim=1)
+
+
+def predict(
+    model: Model, x: Tensor, timestep: int, guidance: Guidance | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latents, the (guided) noise in them and v (or None) at an original timestep, in the dtype to compute in.
+
+    Raises:
+        ValueError: guidance without the labels y, or with more than them; another number of channels.
+    """
+    # Filled on the device: nothing is copied there, so the host runs ahead of it.
+    t = torch.full((x.shape[0],), timestep, dtype=torch.int64, device=x.device)
+    if guidance is not None and guidance.acts_at(timestep):
+        if kwargs.keys() != {"y"}:
+            raise ValueError(f"guidance needs the labels y and nothing else; sample got {sorted(kwargs)}")
+        output = guided_output(model, x, t, kwargs["y"], guidance)
+    else:
+        output = model(x, t, **kwargs)
+    dtype = computing_dtype(x, output)
+    noise, v = split_output(output.to(dtype), channels=x.shape[1])
+    return x.to(dtype), noise, v
+
+
+def network_rows(timesteps: Sequence[int], guidance: Guidance | None) -> int:
+    """Rows that a network is evaluated on for one image, given the timesteps of all its evaluations."""
+    return sum(2 if guidance is not None and guidance.doubles_at(t) else 1 for t in timesteps)
+
+
+def check_noise(noise: Noise, x_T: Tensor, steps: int) -> None:
+    """Raises ValueError for a noise tensor that is not `(N, B, C, H, W)`."""
+    if isinstance(noise, Tensor) and tuple(noise.shape) != (steps, *x_T.shape):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; {steps} steps of latents {tuple(x_T.shape)} need "
+            f"{(steps, *x_T.shape)}"
+        )
+
+
+def draw(noise: Noise, x: Tensor, index: int, steps: int) -> Tensor:
+    """The draw of step index i of N, `(B, C, H, W)` in the dtype of x; where noise comes from: `Sampler.sample`."""
+    if noise is None:
+        return torch.randn_like(x)
+    drawn = noise[steps - 1 - index] if isinstance(noise, Tensor) else noise(index)
+    return drawn.to(x.dtype)
 
 
 class Sampler:
@@ -134,6 +181,11 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def network_rows(self) -> int:
+        """Rows that the network is evaluated on for one image."""
+        return network_rows(self.timesteps.tolist(), self.guidance)
+
     def mean_log_variance(self, model: Model, x: Tensor, index: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the step p(x_{i-1} | x_i): DDPM equation (7), iDDPM equation (15).
 
@@ -147,7 +199,7 @@ class Sampler:
         Returns:
             Two tensors `(B, C, H, W)`, float32 or float64.
         """
-        x, noise, v = self._predict(model, x, index, kwargs)
+        x, noise, v = predict(model, x, int(self.timesteps[index]), self.guidance, kwargs)
         at = {name: table[index] for name, table in self._coefficients.items()}
         mean = at["mean_x0"] * self._predicted_x0(x, noise, index) + at["mean_xt"] * x
         if v is None:
@@ -171,11 +223,7 @@ class Sampler:
         Raises:
             ValueError: a noise tensor of another shape; guidance without y; another number of channels.
         """
-        if isinstance(noise, Tensor) and tuple(noise.shape) != (len(self), *x_T.shape):
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}; {len(self)} steps of latents {tuple(x_T.shape)} need "
-                f"{(len(self), *x_T.shape)}"
-            )
+        check_noise(noise, x_T, len(self))
         x = x_T.to(computing_dtype(x_T))
         for index in reversed(range(len(self))):
             x = self.step(model, x, index, noise, **kwargs)
@@ -187,11 +235,11 @@ class Sampler:
             return self._ddim_step(model, x, index, kwargs)
         mean, log_variance = self.mean_log_variance(model, x, index, **kwargs)
         # The last step's mean is the result: its variance stands for the bins' width only.
-        return mean if index == 0 else mean + (0.5 * log_variance).exp() * self._draw(noise, x, index)
+        return mean if index == 0 else mean + (0.5 * log_variance).exp() * draw(noise, x, index, len(self))
 
     def _ddim_step(self, model: Model, x: Tensor, index: int, kwargs: dict[str, Any]) -> Tensor:
         """DDIM equation (12) with sigma = 0."""
-        x, noise, _ = self._predict(model, x, index, kwargs)
+        x, noise, _ = predict(model, x, int(self.timesteps[index]), self.guidance, kwargs)
         at = {name: table[index] for name, table in self._coefficients.items()}
         x0 = self._predicted_x0(x, noise, index)
         return at["sqrt_abar_prev"] * x0 + at["sqrt_one_minus_abar_prev"] * noise
@@ -200,26 +248,3 @@ class Sampler:
         """Solve DDPM equation (4) for x_0."""
         at = self._coefficients
         return at["sqrt_recip_abar"][index] * x - at["sqrt_recip_abar_minus_one"][index] * noise
-
-    def _predict(
-        self, model: Model, x: Tensor, index: int, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Latents, noise and v (or None) at a step, in the dtype to compute in."""
-        timestep = int(self.timesteps[index])
-        # Filled on the device: nothing is copied there, so the host runs ahead of it.
-        t = torch.full((x.shape[0],), timestep, dtype=torch.int64, device=x.device)
-        if self.guidance is not None and self.guidance.acts_at(timestep):
-            if kwargs.keys() != {"y"}:
-                raise ValueError(f"guidance needs the labels y and nothing else; sample got {sorted(kwargs)}")
-            output = guided_output(model, x, t, kwargs["y"], self.guidance)
-        else:
-            output = model(x, t, **kwargs)
-        dtype = computing_dtype(x, output)
-        noise, v = split_output(output.to(dtype), channels=x.shape[1])
-        return x.to(dtype), noise, v
-
-    def _draw(self, noise: Noise, x: Tensor, index: int) -> Tensor:
-        if noise is None:
-            return torch.randn_like(x)
-        draw = noise[len(self) - 1 - index] if isinstance(noise, Tensor) else noise(index)
-        return draw.to(x.dtype)

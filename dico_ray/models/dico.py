@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_ray.config import ARCHITECTURES
+from dico_ray.models.kernels.choice import choose
 from dico_ray.models.layers import (
     Block,
     Downsample,
@@ -182,10 +183,28 @@ def create_model(name: str, **overrides: Any) -> DiCo:
 
 
 def compile_blocks(model: DiCo) -> None:
-    """Compiles every block in place, by torch.compile, at its first use; blocks of one width share the result."""
+    """Compiles every block in place, by torch.compile, at its first use; blocks of one width share the result.
+
+    Fused blocks have nothing to gain: they stay as they are.
+    """
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block) and not module.fused:
             module.compile(dynamic=False)
+
+
+def use_kernels(model: DiCo, setting: str, device: torch.device, zero_stage: int = 0) -> str:
+    """Makes the blocks and the head take the path that model.kernels asks for, on this device and at this ZeRO stage.
+
+    setting: auto, triton or torch. Returns a line that says which path runs, and why.
+
+    Raises:
+        ConfigError: triton is asked for and cannot run here.
+    """
+    fused, why = choose(setting, device, model.dtype, zero_stage)
+    for module in model.modules():
+        if isinstance(module, Block | FinalLayer):
+            module.fused = fused
+    return why
 
 
 def _check_sizes(

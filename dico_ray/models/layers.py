@@ -14,23 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
+from dico_ray.models.kernels.plain import gated_residual, layer_norm_modulate
+
 FREQUENCY_FEATURES = 256
 MAX_PERIOD = 10_000.0
-
-
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm over channels without learned weights, then `x (1 + scale) + shift`: adaLN, arXiv 2212.09748.
-
-    x `(B, H, W, C)`; shift and scale `(B, C)`, one value per image and channel.
-    """
-    x = F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """`x + gate * branch` with x and branch `(B, H, W, C)` and gate `(B, C)`."""
-    return x + gate[:, None, None] * branch
 
 
 def pixel_unshuffle(x: Tensor) -> Tensor:
@@ -133,7 +120,10 @@ class Block(nn.Module):
     """One DiCo block: a convolution half and a feed-forward half, each adaLN-zero modulated and gated.
 
     x `(B, H, W, C)`, condition `(B, C)` -> `(B, H, W, C)`.
+    fused: by the kernels of `kernels.block` instead of the layers here.
     """
+
+    fused = False
 
     def __init__(self, channels: int, ffn_ratio: int) -> None:
         super().__init__()
@@ -147,11 +137,21 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        modulation = self.adaLN_modulation(condition)
+        if self.fused:
+            from dico_ray.models.kernels.block import block
+
+            return block(x, modulation, self._weights())[0]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         h = F.gelu(self.conv2(self.conv1(layer_norm_modulate(x, shift_1, scale_1))))
         x = gated_residual(x, self.conv3(h * self.ca(h)), gate_1)
         h = F.gelu(self.conv4(layer_norm_modulate(x, shift_2, scale_2)))
         return gated_residual(x, self.conv5(h), gate_2)
+
+    def _weights(self) -> list[Tensor]:
+        """In the order of `kernels.block`."""
+        parts = ("conv1", "conv2", "conv3", "ca.1", "conv4", "conv5")
+        return [self.get_submodule(part).get_parameter(kind) for part in parts for kind in ("weight", "bias")]
 
 
 class Stage(nn.ModuleList):
@@ -189,7 +189,12 @@ class Upsample(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The head: modulated LayerNorm and a 3x3 convolution, `(B, H, W, C)` -> `(B, H, W, out_channels)`."""
+    """The head: modulated LayerNorm and a 3x3 convolution, `(B, H, W, C)` -> `(B, H, W, out_channels)`.
+
+    fused: the norm by the kernel.
+    """
+
+    fused = False
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -197,5 +202,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.out_proj(layer_norm_modulate(x, shift, scale))
+        modulation = self.adaLN_modulation(condition)
+        if self.fused:
+            from dico_ray.models.kernels.block import norm_modulate
+
+            return self.out_proj(norm_modulate(x, modulation)[0])
+        return self.out_proj(layer_norm_modulate(x, *modulation.chunk(2, dim=-1)))

@@ -25,11 +25,12 @@ import xxhash
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from dico_ray.config import ConfigError, UserError
+from dico_ray.config import ConfigError, Train, UserError
 from dico_ray.storage import Storage
 from dico_ray.training import attempts
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.snapshot import Named, split_key
 
 FORMAT = "dico-ray-checkpoint/1"
@@ -166,6 +167,12 @@ class Checkpoint:
         return None
 
     @classmethod
+    def best(cls, storage: Storage, metric: str, evaluated: dict[str, float]) -> Checkpoint | None:
+        """The one with the smallest metric, None if no checkpoint has it. evaluated: evaluations', by its name."""
+        scores = _scores(storage, _standing(storage, find(storage)), metric, evaluated)
+        return cls.open(storage.at(min(scores, key=scores.__getitem__))) if scores else None
+
+    @classmethod
     def all(cls, storage: Storage) -> list[Checkpoint]:
         """The committed checkpoints in the folder of all of them, by step; of two of one step the newer attempt's."""
         return list({f.step: cls.open(storage.at(f.name)) for f in find(storage) if f.committed}.values())
@@ -278,6 +285,11 @@ class Retention:
     best: int = 0
     metric: str = "loss"
 
+    @classmethod
+    def of(cls, train: Train) -> Retention:
+        """As the settings say."""
+        return cls(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
+
     def keeps(self, committed: Sequence[Found], scores: dict[str, float]) -> set[str]:
         """Names of those that stay. scores: the metric by name, smaller is better."""
         kept = {f.name for f in committed[-self.last :]}
@@ -285,17 +297,31 @@ class Retention:
         return kept | set(sorted(scores, key=scores.__getitem__)[: self.best])
 
 
-def retain(storage: Storage, rule: Retention) -> list[str]:
-    """Removes what the rule does not keep, and older torn or void ones; says what was torn or void."""
-    known, found = attempts.read(storage), find(storage)
-    good = [f for f in found if f.committed and not attempts.is_void(f.attempt, f.step, known)]
+def _standing(storage: Storage, found: Iterable[Found]) -> list[Found]:
+    """Those that count: committed, and not void."""
+    known = attempts.read(storage)
+    return [f for f in found if f.committed and not attempts.is_void(f.attempt, f.step, known)]
+
+
+def _scores(storage: Storage, good: Iterable[Found], metric: str, evaluated: dict[str, float]) -> dict[str, float]:
+    """A metric by checkpoint, of those that have it: an evaluation's, else what training logged."""
+    logged = {f.name: Checkpoint.open(storage.at(f.name)).about.get("metrics", {}).get(metric) for f in good}
+    scores = {name: evaluated.get(name, value) for name, value in logged.items()}
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+def retain(storage: Storage, rule: Retention, evaluations: Evaluations | None = None) -> list[str]:
+    """Removes what the rule does not keep, and older torn or void ones; says what was torn or void.
+
+    evaluations: theirs are metrics too, and a checkpoint that waits for one stays.
+    """
+    found = find(storage)
+    good = _standing(storage, found)
     if not good:
         return []
-    scores = {}
-    for f in good if rule.best else ():
-        value = Checkpoint.open(storage.at(f.name)).about.get("metrics", {}).get(rule.metric)
-        scores |= {f.name: value} if value is not None else {}
-    kept = rule.keeps(good, scores)
+    evaluated = evaluations.scores(rule.metric) if evaluations and rule.best else {}
+    scores = _scores(storage, good, rule.metric, evaluated) if rule.best else {}
+    kept = rule.keeps(good, scores) | set(evaluations.due() if evaluations else ())
     lost = []
     for f in found:
         newer = f > good[-1] and f.attempt >= good[-1].attempt  # it may still be under way

@@ -7,9 +7,9 @@ parameters with fp32 master weights and AdamW moments. EMA and checkpoints are b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,6 +252,39 @@ class Engine:
 
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(fill, [(place, kind) for place in self._places for kind in KINDS]))
+        self._publish()
+
+    @contextmanager
+    def averaged(self, averages: Sequence[Tensor]) -> Iterator[None]:
+        """While the body runs, the network computes with other weights; training is not touched.
+
+        averages: fp32, in the order of the owned fragments. They and the master weights change places meanwhile,
+        which takes no memory. Every rank calls it, and takes no gradients in the body.
+        """
+        for call in self.before_step:  # a checkpoint may still be copying the weights
+            call()
+        self._exchange(averages)
+        # At stage 3 DeepSpeed expects a backward pass unless told otherwise. Elsewhere the mode stays that of training:
+        # in another one, compiled blocks would be compiled a second time.
+        self._deepspeed.train(self._stage < 3)
+        try:
+            with torch.set_grad_enabled(self._stage < 3):
+                yield
+        finally:
+            self._deepspeed.train()
+            self._exchange(averages)
+
+    @torch.no_grad()
+    def _exchange(self, averages: Sequence[Tensor]) -> None:
+        """Swaps the owned fragments' master weights with `averages`, and hands the network what they are now."""
+        for place, average in zip((p for p in self._places if p.owned), averages, strict=True):
+            weight = self._view(place, "weight")
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+        if self._stage == 0 and self.world_size > 1:  # every rank holds all weights, but not all averages
+            for index, place in enumerate(self._places):
+                dist.broadcast(self._view(place, "weight"), index % self.world_size)
         self._publish()
 
     def _publish(self) -> None:

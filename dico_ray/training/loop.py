@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+import time
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -59,15 +60,22 @@ def snapshot_due(config: Config, done: int) -> bool:
     return every is not None and (done % every == 0 or done == config.train.steps)
 
 
+def validation_due(config: Config, done: int) -> bool:
+    """Whether the averages are validated after `done` finished steps."""
+    every = config.train.validate_every
+    return every is not None and (done % every == 0 or done == config.train.steps)
+
+
 def train_loop(
     config: Config, engine: Engine, ema: EMA, batches: Iterator[LatentBatch], report: Report,
-    passed_over: Container[int] = (),
+    passed_over: Container[int] = (), validate: Callable[[], dict[str, float]] | None = None,
 ) -> int:  # fmt: skip
     """Trains on the batches that come, up to train.steps; each batch says which step it is. Returns the steps done.
 
     The steps' losses, and so the curve, depend on config and data alone: timesteps, noise and label drops are
-    drawn by (seed, step, row). passed_over: steps whose batches are not trained on. Ends early, after a checkpoint,
-    when a rank's report asks for it. Raises DivergedError after train.max_skipped_steps bad steps in a row.
+    drawn by (seed, step, row). passed_over: steps whose batches are not trained on. validate: gives metrics of the
+    averages as they are, for train.validate_every; its time is no step's. Ends early, after a checkpoint, when a
+    rank's report asks for it. Raises DivergedError after train.max_skipped_steps bad steps in a row.
     """
     diffusion, meter = Diffusion(), Meter(config, engine)
     metrics: dict[str, Any] = {}
@@ -85,8 +93,12 @@ def train_loop(
             if len(bad) >= config.train.max_skipped_steps:
                 raise _diverged(config, engine, bad, rows)
             meter.add(losses, norm, engine.skipped_last)
-        if done % config.train.log_every == 0 or done == config.train.steps:
-            metrics = meter.flush(done, learning_rate(config, batch.step)) or metrics
+        validating = validate is not None and validation_due(config, done)
+        if done % config.train.log_every == 0 or done == config.train.steps or validating:
+            fresh = meter.flush(done, learning_rate(config, batch.step))
+            if validate and validating and fresh:
+                fresh |= _validated(validate, meter)
+            metrics = fresh or metrics
             report.log(metrics)
         stop = engine.agree(report.stepped(done))
         last = done == config.train.steps or stop
@@ -101,6 +113,13 @@ def train_loop(
         if last:
             break
     return done
+
+
+def _validated(validate: Callable[[], dict[str, float]], meter: Meter) -> dict[str, float]:
+    began = time.perf_counter()
+    found = validate()
+    meter.left_out(began)
+    return {**found, "validation_s": time.perf_counter() - began}
 
 
 def _diverged(config: Config, engine: Engine, bad: list[LatentBatch], rows: Tensor) -> DivergedError:

@@ -51,6 +51,12 @@ class Meter:
         self._stalled += now - self._asked
         self._asked = now
 
+    def left_out(self, began: float) -> None:
+        """What happened since `began` (by perf_counter) counts neither as a step's time nor as a stall."""
+        gone = time.perf_counter() - began
+        self._began += gone
+        self._asked += gone
+
     def flush(self, step: int, lr: float) -> dict[str, Any]:
         """Means over the steps since the last flush; none if none of them was finite."""
         if not self._losses:

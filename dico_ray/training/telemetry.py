@@ -12,6 +12,7 @@ from uuid import uuid4
 from dico_ray.storage import Storage
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+EVALUATED = "evaluation_images"  # by this key a line of metrics is an evaluation's, not a training step's
 _TENSORBOARD = "tensorboard"
 
 
@@ -27,8 +28,9 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._storage = storage
-        known = {m["step"]: m for m in (*unlogged, *read_metrics(storage)) if m["step"] <= start_step}
-        self._lines = [json.dumps(known[step]) for step in sorted(known)]
+        lines = (*unlogged, *_read_lines(storage, METRICS))
+        known = {(m["step"], EVALUATED in m): m for m in lines if m["step"] <= start_step}
+        self._lines = [json.dumps(known[place]) for place in sorted(known)]
         self._write_lines()
         self._board_folder = (
             Path(storage.path(_TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
@@ -38,7 +40,10 @@ class MetricsLog:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """metrics: plain numbers by name, `step` among them."""
+        """metrics: plain numbers by name, `step` among them, and perhaps `time`, which TensorBoard keeps by itself.
+
+        Those of an evaluation have EVALUATED too, and their step is past.
+        """
         self._lines.append(json.dumps(metrics))
         if self._storage.is_local:
             with open(self._storage.path(METRICS), "a", encoding="utf-8") as file:
@@ -46,7 +51,7 @@ class MetricsLog:
         else:
             self._write_lines()
         for name, value in metrics.items():
-            if name != "step":
+            if name not in ("step", "time"):
                 self._board.add_scalar(name, value, metrics["step"])
         self._board.flush()
         self._upload_board()
@@ -82,8 +87,14 @@ def read_events(storage: Storage) -> list[dict[str, Any]]:
 
 
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:
-    """A run's logged metrics by step; none if it has not logged. A line cut short by a crash is left out."""
-    return _read_lines(storage, METRICS)
+    """What training logged, by step; none if it has not logged. A line cut short by a crash is left out."""
+    return [line for line in _read_lines(storage, METRICS) if EVALUATED not in line]
+
+
+def read_evaluated(storage: Storage) -> list[dict[str, Any]]:
+    """What evaluations beside training logged, by the step of their checkpoint."""
+    lines = [line for line in _read_lines(storage, METRICS) if EVALUATED in line]
+    return sorted(lines, key=lambda line: line["step"])
 
 
 def _read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:

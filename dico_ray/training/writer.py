@@ -13,6 +13,7 @@ from dico_ray.training import attempts
 from dico_ray.training.attempts import Attempt
 from dico_ray.training.checkpoint import CheckpointError, Retention, commit, folder_name, retain
 from dico_ray.training.engine import Engine
+from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.snapshot import Named, Part, Snapshot
 
 _UPLOADS = 4  # parts at a time
@@ -30,15 +31,16 @@ class CheckpointWriter:
         self, storage: Storage, attempt: Attempt, engine: Engine, tensors: Callable[[], list[Named]], rule: Retention,
         max_failed: int, report: Callable[[dict[str, Any]], None], patience_s: float,
         thread: ThreadPoolExecutor | None = None, fence: Storage | None = None,
+        evaluations: Evaluations | None = None,
     ) -> None:  # fmt: skip
         """storage: the folder of all checkpoints. fence: the one with the attempts, if that is another.
 
         tensors: what is written, always of the same names and sizes. report: takes events, from a thread.
         patience_s: what rank 0 waits for the other ranks' parts once its own are written. thread: shared by writers
-        whose checkpoints have to be committed in the order of their calls.
+        whose checkpoints have to be committed in the order of their calls. evaluations: told of each checkpoint.
         """
         self._storage, self._attempt, self._rule = storage, attempt, rule
-        self._fence = fence or storage
+        self._fence, self._evaluations = fence or storage, evaluations
         self._engine, self._tensors = engine, tensors
         self._max_failed, self._report, self._patience_s = max_failed, report, patience_s
         self._failed = 0
@@ -100,12 +102,14 @@ class CheckpointWriter:
         everyone = self._gather(here)
         attempts.check(self._attempt, attempts.read(self._fence))
         commit(here, step, self._engine.shapes, everyone, about)
+        if self._evaluations:
+            self._evaluations.committed(folder_name(step, self._attempt.name), step)
         seconds, size = time.monotonic() - began, sum(part["bytes"] for part in everyone)
         self._report({
             "event": "checkpoint", "step": step, "seconds": seconds, "bytes": size, "url": here.url,
             "text": f"step {step} committed after {seconds:.1f} s, {size / 1e9:.2f} GB",
         })  # fmt: skip
-        for url in retain(self._storage, self._rule):
+        for url in retain(self._storage, self._rule, self._evaluations):
             self._report({"event": "torn checkpoint removed", "url": url, "text": url})
 
     def _gather(self, here: Storage) -> list[dict[str, Any]]:

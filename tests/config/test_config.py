@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dico_ray import settings
+from dico_ray.cli import parse
 from dico_ray.config import ARCHITECTURES, Config, ConfigError
 from dico_ray.settings import SECTION_NAMES, build, fields, merge, nearest
 
@@ -264,3 +265,14 @@ def test_bad_files_are_explained(tmp_path: Path, content: bytes, says: str) -> N
 def test_missing_files_are_explained(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name a YAML file that exists"):
         settings.read_yaml(str(tmp_path / name))
+
+
+def test_keys_in_the_storage_options_are_never_shown() -> None:
+    config = build({"storage": {"options": {"secret": "hush"}}})
+    assert "hush" not in f"{config!r} {config} {config.to_yaml()} {config.model_dump()}"
+    with pytest.raises(ConfigError, match=r"^storage\.options: input should be a valid dictionary") as caught:
+        build({"storage": {"options": "secret=hush"}})
+    assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^--storage\.options: write a list") as caught:
+        parse("train", ["--storage.options", "{secret: hush"])
+    assert "hush" not in str(caught.value)

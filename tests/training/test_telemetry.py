@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dico_ray.storage import Storage
-from dico_ray.training.telemetry import METRICS, MetricsLog, read_metrics
+from dico_ray.training.telemetry import EVALUATED, METRICS, MetricsLog, read_evaluated, read_metrics
 
 
 def write(storage: Storage, start: int, steps: range, loss: float = 1.0) -> None:
@@ -117,3 +117,22 @@ def test_an_object_store_holds_both_too(tmp_path: Path) -> None:
         check_tensorboard(tmp_path)
     finally:
         Storage("memory://test-telemetry").remove("run")
+
+
+def test_evaluations_have_lines_of_their_own_and_survive_a_resume(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    log = MetricsLog(storage, 0)
+    one, two, three = ({"step": step, "loss": 1.0} for step in (1, 2, 3))
+    first, second, third = ({"step": step, "fid": 10.0 - step, EVALUATED: 100} for step in (1, 2, 3))
+    for metrics in (one, two, first, three, third, second):
+        log.log(metrics)
+    log.close()
+    assert steps_of(storage) == [1, 2, 3]
+    assert [(m["step"], m["fid"]) for m in read_evaluated(storage)] == [(1, 9.0), (2, 8.0), (3, 7.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("fid")] == [(1, 9.0), (3, 7.0), (2, 8.0)]
+    assert [e.step for e in board.Scalars("loss")] == [1, 2, 3]
+    write(storage, 2, range(3, 5))
+    assert steps_of(storage) == [1, 2, 3, 4]
+    assert [m["step"] for m in read_evaluated(storage)] == [1, 2]  # the third step's weights are trained anew

@@ -1,0 +1,278 @@
+"""`dico-ray bench sample`: images/s of generation, the released way and this one's, in one run on one device.
+
+The released way: fp32 (products and convolutions in TF32 on GPUs, as its own convolutions run), nothing compiled, ADM's
+sampler, batches of 32 decoded whole, then PNG files written one after the other while the device waits. Its network
+is this package's own, with the weights and the layout of all others here; the released module itself may be slower.
+
+A batch is also timed phase by phase, with the device waited for in between, and so is the network alone: the share of
+its rate that whole generation reaches is what sampler, decoding and host leave of it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from dico_ray import cluster, pool, weight_files
+from dico_ray.arithmetic import parameter_count
+from dico_ray.config import Config, ConfigError
+from dico_ray.data.generated import to_png
+from dico_ray.data.latents import Autoencoder
+from dico_ray.models import DiCo
+from dico_ray.sample import SampleActor
+from dico_ray.settings import build, merge
+from dico_ray.storage import Storage
+from dico_ray.training.checkpoint import Checkpoint, write_whole
+from dico_ray.weights import CHECKPOINTS, find_checkpoint, load_network, model_of
+
+_RELEASED_BATCH = 32
+_VAE_WIDTHS = (128, 256, 512, 512)  # of Stable Diffusion's autoencoder
+_FID_IMAGES = 50_000
+_LEAST_SECONDS = 1.0
+
+
+def main(
+    config: Config, *, verbose: bool, images: int, weights: str, vae: str, actors: Sequence[int], folder: str, json: str
+) -> None:
+    """Prints the table. Settings are those of `dico-ray sample`.
+
+    images: how many each measurement generates on an actor. weights: "random" (a network of model.*: speed does not
+    depend on values), or "run" (the run's checkpoint and codec.vae). vae, beside random weights: "random" (of Stable
+    Diffusion's sizes), or "codec" (codec.vae). actors: sizes of pools to compare. folder: for what is written; unset: a
+    temporary one. json: a file. Raises ConfigError for impossible ones.
+    """
+    if weights not in ("random", "run") or vae not in ("random", "codec") or min(images, *actors, len(actors)) < 1:
+        raise ConfigError(
+            f"--weights {weights} --vae {vae} --images {images} --actors {list(actors)}: weights must be random or "
+            "run, vae random or codec, and numbers 1 or more"
+        )
+    with bench_folder(folder) as place:
+        if weights == "run":
+            run, checkpoint = config, find_checkpoint(config)
+        else:
+            path = config.codec.vae if vae == "codec" else random_autoencoder(config, Storage(f"{place}/vae"))
+            run, checkpoint = _random_run(config, place, path)
+        run = _with(run, sample={"output": f"{place}/images", "count": images * max(actors), "format": "png"})
+        cluster.connect(verbose)
+        figures = measure(run, checkpoint, images, actors)
+    _tell(figures)
+    if json:
+        there, name = os.path.split(os.path.abspath(json))
+        Storage(there).write(name, dumps(figures, indent=1).encode())
+
+
+@contextmanager
+def bench_folder(folder: str) -> Iterator[str]:
+    """The folder, or a temporary one if it is unset."""
+    if folder:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as temporary:
+        yield temporary
+
+
+def _with(config: Config, **sections: dict[str, Any]) -> Config:
+    return build(merge(config.model_dump(), sections))
+
+
+def random_autoencoder(config: Config, folder: Storage) -> str:
+    """Writes an autoencoder of Stable Diffusion's sizes with random weights; returns its place."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    kind: Any = AutoencoderKL
+    levels = len(_VAE_WIDTHS)
+    vae = kind(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=_VAE_WIDTHS, layers_per_block=2, latent_channels=config.model.in_channels,
+        sample_size=8 * config.model.latent_size, scaling_factor=0.18215,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as here:  # save_pretrained knows no object stores
+        vae.save_pretrained(here)
+        for file in Path(here).iterdir():
+            folder.write(file.name, file.read_bytes())
+    return folder.url
+
+
+def _random_run(config: Config, place: str, vae: str) -> tuple[Config, Checkpoint]:
+    """A run of one checkpoint with initial weights."""
+    run = _with(config, run={"storage": place, "name": "random"}, codec={"vae": vae})
+    network = DiCo(**weight_files.arguments(run.model))
+    about = {
+        "config": run.model_dump(mode="json"), "codec": {"vae": run.codec.vae, "hash": ""},
+        "classes": [str(label) for label in range(run.model.num_classes)],
+    }  # fmt: skip
+    there = Storage(run.run.folder).at(CHECKPOINTS)
+    return run, write_whole(there, 0, {"ema": dict(network.named_parameters())}, about)
+
+
+def measure(config: Config, checkpoint: Checkpoint, images: int, actors: Sequence[int]) -> dict[str, Any]:
+    """All figures, by pools of actors that stay; the first is measured alone before the others start."""
+    gpu = cluster.uses_gpu(config.resources)
+    largest = _with(config, resources={"actors": max(actors)})
+    cluster.require_pool(largest.resources, gpu)
+    kind = ray.remote(SamplingMeter).options(**cluster.actor_options(config.resources, gpu))
+    meters: list[Any] = [kind.remote(config, checkpoint, gpu)]
+    found: dict[str, Any] = ray.get(meters[0].measure.remote(images))
+    meters += [kind.remote(config, checkpoint, gpu) for _ in range(max(actors) - 1)]
+    ray.get([meter.warm.remote() for meter in meters])
+    scaling = {str(size): _pool_rate(config, meters[:size], images) for size in sorted(set(actors))}
+    ours, released = found["ours"]["images_per_s"], found["released"]["images_per_s"]
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        "parameters": parameter_count(model_of(checkpoint)), "latent_size": model_of(checkpoint).latent_size,
+        "settings": {**config.sample.model_dump(mode="json"), **config.codec.model_dump(mode="json")},
+        "images": images, **found, "ratio_released": ours / released,
+        "fid_50k_device_hours": _FID_IMAGES / ours / 3600,
+        "pool_images_per_s": scaling,
+        "versions": {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def _pool_rate(config: Config, meters: list[Any], images: int) -> float:
+    """Images/s of a pool of these actors, each with `images` to make on average."""
+    waiting = iter(meters)
+    size = config.sample.piece or config.sample.batch_size
+    work = pool.ranges(images * len(meters), size)
+    began = time.perf_counter()
+    for _ in pool.run(lambda: next(waiting), len(meters), work):
+        pass
+    return images * len(meters) / (time.perf_counter() - began)
+
+
+class SamplingMeter(SampleActor):
+    """A sampling actor that times itself. Rates are of images or, where named so, of the network's rows."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, gpu: bool) -> None:
+        super().__init__(config, checkpoint, gpu)
+        self._checkpoint = checkpoint
+
+    def warm(self) -> None:
+        """Compiles, and lets libraries choose their algorithms."""
+        self.decode(self._answer(self._rows())[:, : self._about.in_channels])
+        self._wait()
+
+    def measure(self, images: int) -> dict[str, Any]:
+        released = self._released(min(images, _RELEASED_BATCH))
+        began = time.perf_counter()
+        self.warm()
+        warm_s = time.perf_counter() - began
+        rows = self._rows()
+        batch = min(images, self._config.sample.batch_size)
+        network_s, latents = self._timed(lambda: self.latents(0, batch))
+        decode_s, pixels = self._timed(lambda: self.decode(latents))
+        host_s, _ = self._timed(lambda: self._store(pixels))
+        total_s, _ = self._timed(lambda: self.work((0, images)))
+        forward = self._forward_rate(rows)
+        rate = images / total_s
+        return {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "released": released,
+            "ours": {
+                "images_per_s": rate, "start_s": warm_s,
+                "seconds_per_image": {
+                    "network": network_s / len(latents), "decode": decode_s / len(latents), "host": host_s / len(pixels)
+                },
+            },
+            "network_rows_per_image": self.sampler.network_rows,
+            "network_rows_per_s": forward,
+            "share_of_network_rate": rate * self.sampler.network_rows / forward,
+        }  # fmt: skip
+
+    def _rows(self) -> int:
+        """Rows of one evaluation of the network."""
+        doubled = self.sampler.network_rows > len(self.sampler.timesteps)
+        return self._config.sample.batch_size * (2 if doubled else 1)
+
+    @torch.inference_mode()
+    def _answer(self, rows: int) -> torch.Tensor:
+        side = self._about.latent_size
+        x = torch.zeros(rows, self._about.in_channels, side, side, device=self.device)
+        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return self.network(x, zeros, y=zeros)
+
+    def _forward_rate(self, rows: int) -> float:
+        """Rows/s of the network alone."""
+        done, began = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - began) < _LEAST_SECONDS:
+            self._answer(rows)
+            self._wait()
+            done += rows
+        return done / seconds
+
+    def _store(self, pixels: torch.Tensor) -> None:
+        """A batch as `work` stores it, with nothing else going on."""
+        found = pixels.cpu().numpy()
+        with ThreadPoolExecutor(self._config.sample.writers) as threads:
+            list(threads.map(lambda i: self.images.put(i, 0, found[i]), range(len(found))))
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        self._wait()
+        began = time.perf_counter()
+        result = call()
+        self._wait()
+        return time.perf_counter() - began, result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def _released(self, images: int) -> dict[str, Any]:
+        """One batch the released way. Leaves the GPU's precision of products as it found it."""
+        config = _with(self._config, sample={"precision": "fp32", "method": "ddpm"})
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        network = load_network(self._checkpoint, config).to(self.device)
+        vae = Autoencoder(config.codec.vae, "fp32", self.device)
+        vae.network.to(memory_format=torch.contiguous_format)
+        sampler = self._make_sampler("ddpm")
+        side, channels = self._about.latent_size, self._about.in_channels
+        x_T = torch.randn(images, channels, side, side, device=self.device)
+        y = torch.randint(0, len(self._classes), (images,), device=self.device)
+        network(x_T, y, y=y)  # libraries choose their algorithms
+        network_s, latents = self._timed(lambda: sampler.sample(network, x_T, y=y))
+        decode_s, pixels = self._timed(lambda: vae.decode(latents))
+        host_s, _ = self._timed(lambda: self._store_one_by_one(pixels))
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        seconds = {"network": network_s, "decode": decode_s, "host": host_s}
+        return {
+            "images_per_s": images / sum(seconds.values()),
+            "seconds_per_image": {phase: value / images for phase, value in seconds.items()},
+        }
+
+    def _store_one_by_one(self, pixels: torch.Tensor) -> None:
+        for i, image in enumerate(pixels.cpu().numpy()):
+            self.images.folder.write(f"released/{i:06d}.png", to_png(image))
+
+
+def _tell(figures: dict[str, Any]) -> None:
+    settings = figures["settings"]
+    print(
+        f"\n{figures['parameters'] / 1e6:.1f}M parameters, latents {figures['latent_size']}^2, {settings['method']} in "
+        f"{settings['steps']} steps, guidance {settings['guidance_scale']}"
+    )
+    print(f"on {figures['device']} ({figures['machine']})")
+    print(f"{'':12}{'images/s':>10}   ms an image: network   decode     host")
+    for name in ("released", "ours"):
+        found = figures[name]
+        phases = [1e3 * found["seconds_per_image"][phase] for phase in ("network", "decode", "host")]
+        print(f"  {name:10}{found['images_per_s']:10.2f}{'':14}" + "".join(f"{value:9.1f}" for value in phases))
+    print(
+        f"ours is {figures['ratio_released']:.2f} times the released way's, and {figures['share_of_network_rate']:.1%} "
+        f"of the network's own {figures['network_rows_per_s']:,.0f} rows/s "
+        f"({figures['network_rows_per_image']} rows an image)"
+    )
+    print(f"{_FID_IMAGES:,} images take {figures['fid_50k_device_hours']:.2f} device-hours")
+    for size, rate in figures["pool_images_per_s"].items():
+        print(f"  pool of {size}: {rate:.2f} images/s")

@@ -1,0 +1,241 @@
+"""Images, from files or straight from a checkpoint, -> what a feature network and a judge say of them, on a pool.
+
+Generation, decoding and features stay on an actor's device. Each finished range of images is stored, so that an
+evaluation which is started again goes on, and counted by index, so that none counts twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+
+from dico_ray import cluster, pool
+from dico_ray.config import Config, ConfigError, UserError
+from dico_ray.data.image_sets import UNKNOWN, ImageSet
+from dico_ray.metrics import FeatureNetwork, Features, ImageClassifier, Statistics, uint8_to_signed
+from dico_ray.progress import Progress
+from dico_ray.sample import SampleActor
+from dico_ray.storage import Storage
+from dico_ray.training.checkpoint import Checkpoint
+
+PARTS = "evaluation-parts"
+_READERS = 2
+Piece = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images 0 to sample.count - 1 of a checkpoint, generated where they are judged."""
+
+    config: Config
+    checkpoint: Checkpoint
+
+    @property
+    def count(self) -> int:
+        return self.config.sample.count
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.checkpoint.about["classes"])
+
+
+Source = ImageSet | Made
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The feature network, and the classifier that reads images as classes, if any."""
+
+    network: FeatureNetwork
+    classifier: ImageClassifier | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is found of a range of images: features; labels (N,) and as what the judge read them (N,), or None."""
+
+    features: Features
+    labels: torch.Tensor
+    read: torch.Tensor | None = None
+
+    def to_bytes(self) -> bytes:
+        found = {"pool": self.features.pool, "spatial": self.features.spatial, "logits": self.features.logits,
+                 "labels": self.labels, "read": self.read}  # fmt: skip
+        return safetensors.save({name: tensor.contiguous() for name, tensor in found.items() if tensor is not None})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Part:
+        found = safetensors.load(data)
+        return cls(
+            Features(found["pool"], found.get("spatial"), found.get("logits")), found["labels"], found.get("read")
+        )
+
+
+class Total:
+    """What is known of one source: statistics, and how the judge read each class."""
+
+    def __init__(self, every: int, classes: int) -> None:
+        self.statistics = Statistics(every)
+        self.right = np.zeros(classes, np.int64)
+        self.seen = np.zeros(classes, np.int64)
+
+    def add(self, start: int, part: Part) -> None:
+        """Takes in the images from `start` on.
+
+        Raises UserError for features that are not finite, ValueError if an image is in already.
+        """
+        if not part.features.pool.isfinite().all():
+            first = start + int((~part.features.pool.isfinite()).any(dim=1).nonzero()[0])
+            raise UserError(
+                f"the features of image {first} are not finite: look at it (a sampler that diverged gives such), "
+                "then at codec.precision and sample.precision"
+            )
+        self.statistics.add(start, part.features)
+        if part.read is not None:
+            known = part.labels != UNKNOWN
+            labels, right = part.labels[known].numpy(), (part.read == part.labels)[known].numpy()
+            np.add.at(self.seen, labels, 1)
+            np.add.at(self.right, labels, right.astype(np.int64))
+
+
+class EvaluateActor:
+    """Holds the networks; turns ranges of images into Parts, and stores them."""
+
+    def __init__(
+        self, config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], gpu: bool
+    ) -> None:
+        cluster.quiet()
+        self._config, self._sources, self._parts, self._gpu = config, sources, parts, gpu
+        self._device = torch.device("cuda" if gpu else "cpu")
+        if not gpu:
+            torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
+        network: Any = judges.network
+        self._network = network.to(self._device, memory_format=torch.channels_last)
+        if gpu and config.evaluate.compile:
+            self._network.compile()
+        self._classifier = judges.classifier.to(self._device) if judges.classifier else None
+        self._sampler: SampleActor | None = None
+
+    @torch.inference_mode()
+    def work(self, piece: Piece) -> Part:
+        which, start, stop = piece
+        source = self._sources[which]
+        batches = self._generated(source, start, stop) if isinstance(source, Made) else self._read(source, start, stop)
+        found = [self.judge(which, pixels, labels) for pixels, labels in batches]
+        part = Part(
+            Features.join([one.features for one in found]),
+            torch.cat([one.labels for one in found]),
+            torch.cat([one.read for one in found if one.read is not None]) if self._classifier else None,
+        )
+        self._parts[which].write(part_name(start, stop), part.to_bytes())
+        return part
+
+    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Batches of stored images; the next ones are read and decoded while one is judged."""
+        batches = [(start + low, start + high) for low, high in self._cuts(stop - start)]
+        with ThreadPoolExecutor(_READERS) as readers:
+            for (low, high), pixels in zip(batches, readers.map(lambda one: source.read(*one), batches), strict=True):
+                yield pixels, torch.tensor(source.labels[low:high])
+
+    def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
+        for low, high in pool.ranges(stop - start, source.config.sample.batch_size):
+            pixels, labels = self._sampler.generate(start + low, start + high)
+            for first, last in self._cuts(len(pixels)):
+                yield pixels[first:last], labels[first:last].cpu()
+
+    def _cuts(self, count: int) -> list[pool.Range]:
+        return pool.ranges(count, self._config.evaluate.batch_size)
+
+    @torch.inference_mode()
+    def judge(self, which: str, pixels: np.ndarray | torch.Tensor, labels: torch.Tensor) -> Part:
+        """What is found of uint8 pixels (B, H, W, 3) with labels (B,). Raises ConfigError for another size."""
+        images = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        self._check_size(which, images, self._network.image_size, "feature network")
+        tf32 = self._config.evaluate.precision == "tf32"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            features = self._network(images).cpu()
+        if self._classifier is None:
+            return Part(features, labels)
+        self._check_size(which, images, self._classifier.config.image_size, "judge")
+        return Part(features, labels, self._classifier(uint8_to_signed(images)).argmax(1).cpu())
+
+    def _check_size(self, which: str, images: torch.Tensor, size: int | None, network: str) -> None:
+        height, width = images.shape[2:]
+        if size is not None and (height, width) != (size, size):
+            raise ConfigError(
+                f"evaluate.{which}: the images are {width}x{height} pixels, the {network} takes {size}x{size}; "
+                f"set evaluate.image_size {size}, or name images of that size"
+            )
+
+
+def part_name(start: int, stop: int) -> str:
+    return f"{start:09d}-{stop:09d}.safetensors"
+
+
+def stored_parts(storage: Storage) -> dict[pool.Range, Part]:
+    """The finished ranges that an earlier evaluation left, none overlapping another."""
+    found: dict[pool.Range, Part] = {}
+    at = 0
+    for name in storage.names(".safetensors"):
+        start, stop = (int(number) for number in name.partition(".")[0].split("-"))
+        if start < at:
+            continue
+        try:
+            part = Part.from_bytes(storage.read(name))
+        except SafetensorError:  # damaged: its images are done again
+            continue
+        if len(part.labels) == stop - start:
+            found[start, stop] = part
+            at = stop
+    return found
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """A name for what was measured of what: of all that moves it."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
+
+
+def measure(
+    config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], every: dict[str, int],
+    show: bool = True,
+) -> dict[str, Total]:  # fmt: skip
+    """All sources through one pool, which a connected Ray runs; what their `parts` hold already is not done again.
+
+    every: features are kept of every so many images. show: a progress line. Raises UserError.
+    """
+    totals = {which: Total(every[which], len(source.classes)) for which, source in sources.items()}
+    work: list[Piece] = []
+    for which, source in sources.items():
+        for (start, _), part in stored_parts(parts[which]).items():
+            totals[which].add(start, part)
+        done = totals[which].statistics.ranges
+        work += [(which, *one) for one in pool.remaining(source.count, done, config.evaluate.range_size)]
+    if not work:
+        return totals
+    gpu = cluster.uses_gpu(config.resources)
+    cluster.require_pool(config.resources, gpu)
+    networks, images = ray.put(judges), ray.put(sources)
+    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu))
+    whole = sum(source.count for source in sources.values())
+    finished = whole - sum(stop - start for _, start, stop in work)
+    with Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress:
+        for (which, start, stop), part in pool.run(
+            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work
+        ):
+            totals[which].add(start, part)
+            finished += stop - start
+            if progress:
+                progress.update(finished)
+    return totals

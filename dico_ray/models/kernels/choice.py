@@ -1,0 +1,49 @@
+"""Which path a network takes: the kernels in Triton, or plain PyTorch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from dico_ray.config import ConfigError
+
+
+def choose(setting: str, device: torch.device, dtype: torch.dtype, zero_stage: int = 0) -> tuple[bool, str]:
+    """model.kernels (auto, triton or torch) -> whether the kernels run, and a line that says so.
+
+    auto: the kernels wherever they can run. zero_stage: of training; at 3 DeepSpeed gathers a layer's weights when
+    the layer is called, and a fused block calls none of its layers.
+
+    Raises:
+        ConfigError: the setting is triton, and the kernels cannot run here.
+    """
+    if setting == "torch":
+        return False, "kernels: plain PyTorch (model.kernels torch)"
+    missing = _missing(device, dtype, zero_stage)
+    if not missing:
+        return True, "kernels: Triton (fused blocks)"
+    if setting == "triton":
+        raise ConfigError(f"model.kernels: triton, but {missing}; take auto or torch")
+    return False, f"kernels: plain PyTorch ({missing})"
+
+
+def _missing(device: torch.device, dtype: torch.dtype, zero_stage: int) -> str:
+    """What the kernels lack; empty: nothing."""
+    if zero_stage == 3:
+        return "train.zero_stage is 3, which gathers weights layer by layer"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"the network is on {device.type}, not on a GPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the network computes in {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels by its interpreter, on the CPU (TRITON_INTERPRET=1 before its import): for tests."""
+    import triton
+
+    knobs = getattr(triton, "knobs", None)
+    return bool(knobs and knobs.runtime.interpret)

@@ -1,0 +1,115 @@
+"""Images to judge from every kind of source: the same pixels, by index."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import webdataset
+from PIL import Image
+from pyarrow import parquet
+
+from dico_ray.config import ConfigError
+from dico_ray.data.image_sets import UNKNOWN, ImageSet
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 6, 3), dtype=np.uint8)
+LABELS = [i // 60 for i in range(150)]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as a folder by class, a flat one, a WebDataset, Parquet and an .npz."""
+    root = tmp_path_factory.mktemp("sets")
+    for name in ("flat", "tars", "tables"):
+        (root / name).mkdir()
+    encoded = [_png(image) for image in PIXELS]
+    with webdataset.TarWriter(str(root / "tars" / "0.tar")) as writer:
+        for i, (data, label) in enumerate(zip(encoded, LABELS, strict=True)):
+            (root / "classes" / f"c{label}").mkdir(parents=True, exist_ok=True)
+            (root / "classes" / f"c{label}" / f"{i:04d}.png").write_bytes(data)
+            (root / "flat" / f"{i:04d}.png").write_bytes(data)
+            writer.write({"__key__": f"{i:05d}", "png": data, "cls": label})
+    table = pyarrow.table({"image": encoded, "label": LABELS})
+    parquet.write_table(table, root / "tables" / "0.parquet", row_group_size=40)
+    np.savez(root / "adm.npz", PIXELS, np.array(LABELS))
+    np.savez(root / "bare.npz", PIXELS)
+    return root
+
+
+@pytest.mark.parametrize("name", ["classes", "flat", "tars", "tables", "adm.npz", "bare.npz"])
+def test_every_source_gives_the_same_images_by_index(root: Path, name: str) -> None:
+    images = ImageSet.scan(str(root / name), "evaluate.images")
+    assert images.count == 150
+    assert list(images.labels) == ([UNKNOWN] * 150 if name in ("flat", "bare.npz") else LABELS)
+    for start, stop in ((0, 150), (0, 1), (149, 150), (63, 66), (40, 81)):
+        found = images.read(start, stop)
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, PIXELS[start:stop])
+
+
+def test_the_content_hash_is_of_the_images_alone(root: Path, tmp_path: Path) -> None:
+    by_class = ImageSet.scan(str(root / "classes"), "x").content_hash()
+    assert ImageSet.scan(str(root / "flat"), "x").content_hash() == by_class  # the same files in the same order
+    assert ImageSet.scan(str(root / "adm.npz"), "x").content_hash() == (
+        ImageSet.scan(str(root / "bare.npz"), "x").content_hash()
+    )
+    changed = PIXELS.copy()
+    changed[77, 3, 3, 1] ^= 1
+    np.savez(tmp_path / "adm.npz", changed)
+    assert ImageSet.scan(str(tmp_path / "adm.npz"), "x").content_hash() != (
+        ImageSet.scan(str(root / "adm.npz"), "x").content_hash()
+    )
+
+
+def test_images_of_several_sizes_are_cropped_on_request(tmp_path: Path, root: Path) -> None:
+    for i, size in enumerate(((9, 12), (12, 9))):
+        (tmp_path / f"{i}.png").write_bytes(_png(np.full((*size, 3), 40 * i, np.uint8)))
+    with pytest.raises(
+        ConfigError, match=r"evaluate.images: 1.png is 9x12 pixels, 0.png 12x9; set evaluate.image_size"
+    ):
+        ImageSet.scan(str(tmp_path), "evaluate.images").read(0, 2)
+    cropped = ImageSet.scan(str(tmp_path), "evaluate.images", 8).read(0, 2)
+    assert cropped.shape == (2, 8, 8, 3)
+    assert cropped[1].min() == cropped[1].max() == 40
+    for name in ("flat", "adm.npz"):  # those that have the size already stay as they are
+        assert np.array_equal(ImageSet.scan(str(root / name), "x", 6).read(3, 9), PIXELS[3:9])
+
+
+def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="evaluate.reference: .* holds no images"):
+        ImageSet.scan(str(tmp_path), "evaluate.reference")
+    cases = {
+        "statistics": ({"mu": np.zeros(3)}, "has no images"),
+        "float": ({"arr_0": np.zeros((2, 4, 4, 3))}, "arr_0 is float64"),
+        "grey": ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, r"images are uint8 \(N, H, W, 3\)"),
+    }
+    for name, (arrays, message) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ConfigError, match=message):
+            ImageSet.scan(str(tmp_path / f"{name}.npz"), "x")
+    np.savez_compressed(tmp_path / "small.npz", PIXELS)
+    with pytest.raises(ConfigError, match="compressed"):
+        ImageSet.scan(str(tmp_path / "small.npz"), "x")
+    with pytest.raises(ConfigError, match="is not there"):
+        ImageSet.scan(str(tmp_path / "none.npz"), "x")
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "float.npz").read_bytes()[:200])
+    with pytest.raises(ConfigError, match="not a readable .npz"):
+        ImageSet.scan(str(tmp_path / "torn.npz"), "x")
+
+
+def test_a_file_that_shrank_meanwhile_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, PIXELS)
+    images = ImageSet.scan(str(path), "x")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="ends before image 150"):
+        images.read(100, 150)

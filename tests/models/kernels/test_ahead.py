@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from tests.models.kernels import ahead  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "ratio"), [((64, 32, 32, 416), 4), ((64, 16, 16, 832), 4), ((64, 8, 8, 1664), 2), ((16, 64, 64, 128), 2)]
+)
+def test_every_launch_compiles_for_an_h100_and_keeps_its_numbers_in_registers(
+    shape: tuple[int, int, int, int],
+    ratio: int,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = ahead.Compiled(monkeypatch)
+    ahead.launch_all(shape, ratio, dtype)
+    assert len(compiled) > 10
+    for name, kernel in compiled:
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+        found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+        assert found, usage.stdout
+        assert int(found[1]) <= 255, name
+        assert found[2] == "0", f"{name} spills"
