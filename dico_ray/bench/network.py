@@ -141,6 +141,8 @@ def each_way(
     measure: Callable[[str, int, Tensor], dict[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """measure(variant, micro-batch, the plain network's output at batch 2) -> a row, for each of them, printed."""
+    if config.resources.threads:
+        torch.set_num_threads(config.resources.threads)
     expected = output(make_network("released", config, device), make_inputs(config, device, 2))
     rows = []
     for variant in variants:

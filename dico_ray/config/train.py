@@ -54,7 +54,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
     compile: bool = True
-    "Compile the network's blocks where training runs on GPUs, once for each width (not at ZeRO stage 3)."
+    "Compile blocks that run by plain PyTorch on GPUs (model.kernels), once for each width (not at ZeRO stage 3)."
     zero_stage: int = Field(1, ge=0, le=3)
     "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are sharded over the workers."
     offload: bool = False

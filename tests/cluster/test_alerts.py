@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -20,6 +20,7 @@ from tests.clusters import cluster as start_cluster
 from tests.watching import RULES, Prometheus, prometheus
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+RARELY = {"train.log_every": 10, "train.max_failed_saves": 10_000}
 
 
 def impatient() -> dict[str, Any]:
@@ -65,41 +66,39 @@ def fires(watch: Prometheus, alert: str, run: str, seconds: float = 120) -> None
     print(f"\n| {alert} | {time.monotonic() - began:.1f} |")
 
 
-def held_up(process: psutil.Process, over: threading.Event) -> None:
-    """Lets a process run a fifth of the time."""
-    while not over.is_set():
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.05)
+@contextmanager
+def held_up(cluster: Cluster, word: str) -> Iterator[None]:
+    """While the body runs, the first of the cluster's processes with that word may run a fifth of the time."""
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.is_set():
+            caught = cluster.workers(word)[:1]
+            for process in caught:
+                process.send_signal(signal.SIGSTOP)
+            over.wait(0.4)
+            for process in caught:
+                process.send_signal(signal.SIGCONT)
+            over.wait(0.1)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_alerts_of_a_run_that_is_disturbed(cluster: Cluster, watch: Prometheus, started: Any) -> None:
-    run: Run = started(
-        "disturbed", **{"train.steps": 100_000, "data.window_samples": 1024, "train.max_failed_saves": 10_000}
-    )
+    run: Run = started("disturbed", **{"train.steps": 100_000, "data.window_samples": 1024, **RARELY})
     run.until_step(20)
     fires(watch, "DicoRayGoodput", "disturbed")  # it has spent its time on starting
     for alert in ("DicoRayStalled", "DicoRayNotFinite", "DicoRayRestarts"):
         assert (alert, "disturbed") not in watch.firing()
 
-    readers = cluster.workers("WindowReader")
-    assert readers
-    for process in readers:
-        process.suspend()
-    time.sleep(12)
-    for process in readers:
-        process.resume()
-    fires(watch, "DicoRayStarving", "disturbed")
-
-    over = threading.Event()
-    thread = threading.Thread(target=held_up, args=(cluster.workers("RayTrainWorker")[0], over))
-    thread.start()
-    try:
+    with held_up(cluster, "RayTrainWorker"):
         fires(watch, "DicoRayStraggler", "disturbed")
-    finally:
-        over.set()
-        thread.join()
 
     checkpoints, aside = run.folder / "checkpoints", run.folder / "aside"
     checkpoints.rename(aside)
@@ -121,6 +120,14 @@ def test_alerts_of_a_run_that_is_disturbed(cluster: Cluster, watch: Prometheus, 
         cluster.workers("RayTrainWorker")[0].kill()
         run.until(lambda before=starts: len(run.starts()) > before, "restart", 200)
     fires(watch, "DicoRayRestarts", "disturbed")
+
+
+def test_the_alert_of_a_run_that_starves(cluster: Cluster, watch: Prometheus, started: Any) -> None:
+    """Windows of one step each, from one read task that is held up."""
+    run: Run = started("starving", **{"train.steps": 1000, "data.window_samples": 16, **RARELY})
+    run.until_step(20)
+    with held_up(cluster, "WindowReader"):
+        fires(watch, "DicoRayStarving", "starving")
 
 
 def test_the_alert_of_gradients_that_are_not_finite(watch: Prometheus, started: Any) -> None:

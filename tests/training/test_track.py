@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ def test_wandb_records(stores: Path) -> None:
     tracker.log({"step": 10, "loss": 0.125})
     tracker.close()
     (record,) = stores.rglob("run-*.wandb")
-    assert b"0.125" in record.read_bytes()
+    until = time.monotonic() + 120  # the service's own process writes it, after it said that it is done
+    while b"0.125" not in record.read_bytes():
+        assert time.monotonic() < until, record.read_bytes()
+        time.sleep(0.2)
 
 
 def test_a_service_that_turns_the_run_away(stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:

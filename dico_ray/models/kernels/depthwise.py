@@ -6,7 +6,7 @@ few values, since nine weights a channel fill their registers; rows are fetched 
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
-# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import NamedTuple
