@@ -6,6 +6,9 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
+
+from dico_ray.accelerators import find
 
 # What was run, where plans build on it: a row's `what`.
 WHOLE = "training, whole path"
@@ -46,5 +49,13 @@ class Row:
 @cache
 def rows() -> tuple[Row, ...]:
     """All rows, in the file's order."""
-    found = json.loads(files("dico_ray").joinpath("measured.json").read_text(encoding="utf-8"))
-    return tuple(Row(**{**row, "values": tuple(row.get("values", {}).items())}) for row in found)
+    return tuple(map(read, json.loads(files("dico_ray").joinpath("measured.json").read_text(encoding="utf-8"))))
+
+
+def read(row: dict[str, Any]) -> Row:
+    """A row of the file, or one of a bench's --json: it names the GPU as the driver does, and versions one by one."""
+    gpu, versions = find(row["gpu"]), row["versions"]
+    if isinstance(versions, dict):
+        versions = ", ".join(f"{name} {version}" for name, version in versions.items())
+    values = tuple(row.get("values", {}).items())
+    return Row(**{**row, "gpu": gpu.name if gpu else row["gpu"], "versions": versions, "values": values})

@@ -30,3 +30,14 @@ def test_rates_and_arithmetic_agree(what: str) -> None:
         flops = training_flops(Model(name=row.model))  # pyright: ignore[reportCallIssue]
         assert row.images_per_s
         assert row.images_per_s * flops / 1e12 == pytest.approx(row.tflops, rel=0.01)
+
+
+def test_rows_of_a_bench_are_read_as_they_are_written() -> None:
+    written = {
+        "model": "DiCo-S", "gpu": "NVIDIA H100 80GB HBM3", "what": "training, ours", "micro_batch": 8,
+        "images_per_s": 1.0, "tflops": 1.0, "memory_gb": 1.0, "versions": {"torch": "2.14.1", "python": "3.12.1"},
+        "command": "dico-ray bench train", "date": "2026-11-25",
+    }  # fmt: skip
+    row = measured.read(written)
+    assert (row.gpu, row.versions, row.gpus) == ("H100", "torch 2.14.1, python 3.12.1", 1)
+    assert hash(row)

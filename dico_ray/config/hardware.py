@@ -10,12 +10,10 @@ from dico_ray.config.base import Section
 
 
 class Hardware(Section):
-    """What `dico-ray plan` reckons with; a run itself takes the GPUs that it finds."""
+    """What `dico-ray plan` reckons with, beside cluster.gpus_per_node; a run itself takes the GPUs that it finds."""
 
     gpu: str = "H100"
     "The GPU: B200, H200, H100, H100 NVL, H100 PCIe, H800, A100, A100 40GB, A800, L40S or L4."
-    gpus_per_node: int = Field(8, ge=1)
-    "GPUs of a node."
     memory_gb: float | None = Field(None, gt=0)
     "Memory of a GPU. Unset: by the data sheet."
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.95

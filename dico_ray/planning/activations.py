@@ -40,13 +40,14 @@ PATHS: dict[str, Saved] = {
     "eager":    Saved(maps=12, hidden=2, vectors=11, head_maps=2, head_vectors=2),
     # Compiled blocks compute the normalised values, the first GELU and the second half's input anew.
     "compiled": Saved(maps=8,  hidden=2, vectors=11, head_maps=2, head_vectors=2),
-    # Fused kernels: input, convolution's input and output, both branches, the stream between; hidden: before GELU.
+    # Fused kernels: input, the depthwise convolution's input and output, both branches, the stream between the halves;
+    # hidden: before GELU. The head: modulated.
     "fused":    Saved(maps=6,  hidden=1, vectors=9,  head_maps=1, head_vectors=3),
 }  # fmt: skip
 
 
 def path_of(config: Config, stage: int) -> str:
-    """The row of `PATHS` that a run takes on GPUs: at ZeRO stage 3 blocks are neither fused nor compiled."""
+    """The row of `PATHS` that a run takes on GPUs: fused by setting, else compiled; neither at ZeRO stage 3."""
     if config.model.kernels != "torch" and stage < 3:
         return "fused"
     return "compiled" if config.train.compile and stage < 3 else "eager"

@@ -45,6 +45,8 @@ def why_unknown(config: Config) -> str:
         return f"no speed was measured with train.precision {train.precision}"
     if train.offload:
         return "no speed was measured with train.offload true"
+    if config.model.kernels != "torch" and train.zero_stage < 3:
+        return f"no speed was measured with model.kernels {config.model.kernels}"
     if not train.compile and train.zero_stage < 3:
         return "no speed was measured with train.compile false"
     return ""

@@ -39,8 +39,9 @@ def bandwidth(config: Config, workers: int) -> float:
     """
     hardware = config.hardware
     link = hardware.link_gb_s * 1e9 if hardware.link_gb_s else gpu_of(config).link
-    network = hardware.gpus_per_node * hardware.network_gbit_s / 8 * 1e9
-    return hardware.link_share * (link if workers <= hardware.gpus_per_node else min(link, network))
+    each = max(1, config.cluster.gpus_per_node)
+    network = each * hardware.network_gbit_s / 8 * 1e9
+    return hardware.link_share * (link if workers <= each else min(link, network))
 
 
 def exchange(config: Config, workers: int, micros: int, compute_s: float) -> Exchange:

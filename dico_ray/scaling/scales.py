@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dico_ray.arithmetic import parameter_count, stage_widths, training_flops
+from dico_ray.arithmetic import parameter_count, training_flops
 from dico_ray.config import ARCHITECTURES, SCALE, Config, ConfigError, Model
+from dico_ray.planning.memory import memory_at
 from dico_ray.settings import build, merge
 
 
@@ -54,24 +55,6 @@ def _workers(config: Config, model: Model) -> int:
     return next((size for size in reversed(sizes) if size >= wanted), sizes[0])
 
 
-def training_bytes(config: Config, workers: int, stage: int, micro_batch: int) -> int:
-    """Bytes of a worker: state by ZeRO stage (arXiv 1910.02054, section 3), and activations.
-
-    Activations: 8 + 2 x FFN ratio values a block, pixel and channel are kept for the backward pass. For DiCo-H in
-    bf16 that is 0.77 GB an image; with the state, 73 GB at a micro-batch of 64, which is what training it took.
-    """
-    count, bf16 = parameter_count(config.model), config.train.precision == "bf16"
-    averages = 1 + len(config.train.ema_profiles)
-    weights, moments = 2 if bf16 else 4, 8 if stage == 0 and not bf16 else 12
-    gradients = 2 if stage == 0 and bf16 else 4
-    held = (weights, 3), (gradients, 2), (moments, 1)
-    state = sum(count * size // (workers if stage >= divided else 1) for size, divided in held)
-    a, full = config.model.architecture, config.model.latent_size**2
-    areas = (full, full // 4, full // 16, full // 4, full)
-    values = sum(d * w * area for d, w, area in zip(a.depths, stage_widths(a), areas, strict=True))
-    return state + count * 4 * averages // workers + micro_batch * values * (8 + 2 * a.ffn_ratio) * weights
-
-
 def _fit(config: Config, scale: str, workers: int, micro_batch: int) -> dict[str, int]:
     """The least ZeRO stage (from train.zero_stage on) and the largest micro-batch that fit: memory before speed."""
     room = (config.sweep.worker_memory_gb or 0) * 1e9
@@ -79,9 +62,9 @@ def _fit(config: Config, scale: str, workers: int, micro_batch: int) -> dict[str
     micros = [size for size in range(micro_batch, 0, -1) if share % size == 0]
     for stage in range(config.train.zero_stage, 4):
         for micro in micros:
-            if training_bytes(config, workers, stage, micro) <= room:
+            if memory_at(config, stage, workers, micro) <= room:
                 return {"zero_stage": stage, "micro_batch": micro}
-    least = training_bytes(config, workers, 3, 1) / 1e9
+    least = memory_at(config, 3, workers, 1) / 1e9
     raise ConfigError(
         f"sweep.scales: {scale} cannot fit: {least:.2f} GB a worker at ZeRO 3 and micro-batch 1 on {workers} workers, "
         f"but sweep.worker_memory_gb is {config.sweep.worker_memory_gb:g}; leave it out, or allow more workers "

@@ -1,6 +1,6 @@
 """What a GPU's tensors take at most in training steps through the engine.
 
-    python tests/planning/measure_memory.py RECIPE MICRO_BATCH
+    python tests/planning/measure_memory.py RECIPE MICRO_BATCH KERNELS
 
 Prints the bytes that the GPU's allocator had handed out at most in the second step, the first one having compiled.
 """
@@ -25,9 +25,10 @@ from dico_ray.training.loop import train_step
 ACCUMULATION = 2
 
 
-def peak(recipe: str, micro_batch: int) -> int:
+def peak(recipe: str, micro_batch: int, kernels: str) -> int:
     batch = ACCUMULATION * micro_batch
-    config = resolve(recipe, None, {"train": {"num_workers": 1, "micro_batch": micro_batch, "global_batch": batch}})
+    train = {"num_workers": 1, "micro_batch": micro_batch, "global_batch": batch}
+    config = resolve(recipe, None, {"model": {"kernels": kernels}, "train": train})
     model, device = create_model(config.model.name, class_dropout_prob=0.0), torch.device("cuda", 0)
     use_kernels(model, config.model.kernels, device, config.train.zero_stage)
     compile_blocks(model)
@@ -47,7 +48,7 @@ def main() -> None:
     torch.cuda.set_device(0)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
-    print(peak(sys.argv[1], int(sys.argv[2])))
+    print(peak(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
     dist.destroy_process_group()
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dico_ray.config import Model
 from dico_ray.models import create_model
 from dico_ray.models.layers import Block
 from dico_ray.planning.activations import PATHS, activation_bytes, block_bytes, working_bytes
+from tests.planning.keeping import kept_bytes
 
 SIZES = st.fixed_dictionaries({
     "hidden_size": st.integers(2, 12).map(lambda half: 2 * half),
@@ -23,24 +27,6 @@ SIZES = st.fixed_dictionaries({
     "ffn_ratio": st.integers(1, 4),
     "in_channels": st.integers(1, 5),
 })  # fmt: skip
-
-
-def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Of every storage that autograd keeps, once, parameters' not."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        answer = module(*inputs)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del answer
-    return total
 
 
 @settings(deadline=None, max_examples=12)
@@ -95,3 +81,14 @@ def test_recomputation_keeps_inputs_and_one_block() -> None:
         inputs = 2 * sum(width * area for width, area in sizes)
         assert whole[path] - sum(blocks) == lean[path] - inputs - max(blocks)
         assert lean[path] < whole[path]
+
+
+@pytest.mark.slow
+def test_fused_bytes_are_what_the_kernels_keep() -> None:
+    """By Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("keeping.py"))]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept, foreseen = done.stdout.split()
+    assert kept == foreseen

@@ -130,3 +130,8 @@ def test_wrong_hardware_and_workers_are_told() -> None:
         fits(planned("dico-s-256", {"gpu": "T4"}))
     with pytest.raises(ConfigError, match="train.global_batch: 256 does not divide among 3 workers"):
         fits(planned("dico-s-256"), workers=3)
+
+
+def test_fused_kernels_leave_room_for_more() -> None:
+    plain, fused = (resolve("dico-h-256", None, {"model": {"kernels": kernels}}) for kernels in ("torch", "triton"))
+    assert fits(fused).largest > 1.5 * fits(plain).largest  # 6 + r tensors a block instead of 8 + 2r, r = 4

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 _ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("recipe", "micro_batch"),
     [
@@ -26,17 +27,18 @@ _ROOT = Path(__file__).parents[2]
         ("dico-xl-256", 32), ("dico-xl-256", 96),
     ],
 )  # fmt: skip
-def test_memory_is_foreseen_within_a_tenth(recipe: str, micro_batch: int) -> None:
-    config = resolve(recipe, None, {"train": {"num_workers": 1, "micro_batch": micro_batch}})
+def test_memory_is_foreseen_within_a_tenth(recipe: str, micro_batch: int, kernels: str) -> None:
+    train = {"num_workers": 1, "micro_batch": micro_batch}
+    config = resolve(recipe, None, {"model": {"kernels": kernels}, "train": train})
     foreseen = memory_at(config, config.train.zero_stage, 1, micro_batch)
     have = torch.cuda.get_device_properties(0).total_memory
     if foreseen > 0.95 * have:
         pytest.skip(f"{foreseen / 1e9:.0f} GB are more than this GPU's {have / 1e9:.0f}")
-    command = [sys.executable, str(Path(__file__).with_name("measure_memory.py")), recipe, str(micro_batch)]
+    command = [sys.executable, str(Path(__file__).with_name("measure_memory.py")), recipe, str(micro_batch), kernels]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = int(done.stdout.split()[-1])
-    print(f"{recipe} at {micro_batch}: foreseen {foreseen / 1e9:.2f} GB, measured {measured / 1e9:.2f}")
+    print(f"{recipe}, {kernels}, at {micro_batch}: foreseen {foreseen / 1e9:.2f} GB, measured {measured / 1e9:.2f}")
     assert foreseen == pytest.approx(measured, rel=0.1)
 
 

@@ -119,3 +119,9 @@ def test_what_was_never_measured_is_not_forecast(train: dict[str, Any], says: st
     config = planned("dico-h-256", **train)
     assert micro_batch_time(config, 16) is None
     assert says in why_unknown(config)
+
+
+def test_kernels_of_our_own_are_not_forecast_before_they_are_measured() -> None:
+    config = resolve("dico-h-256", None, {"model": {"kernels": "triton"}})
+    assert micro_batch_time(config, 16) is None
+    assert why_unknown(config) == "no speed was measured with model.kernels triton"

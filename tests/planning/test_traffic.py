@@ -27,8 +27,8 @@ def test_shard_bytes_are_the_format_s() -> None:
 
 
 def test_bandwidth_is_the_slowest_on_the_way() -> None:
-    config = planned({"link_gb_s": 400, "network_gbit_s": 100, "gpus_per_node": 8, "link_share": 0.5})
-    assert bandwidth(config, 8) == 200e9
+    config = planned({"link_gb_s": 400, "network_gbit_s": 100, "link_share": 0.5})
+    assert bandwidth(config, config.cluster.gpus_per_node) == 200e9
     assert bandwidth(config, 16) == 50e9  # eight networks of 12.5 GB/s, half of it
     fast = planned({"link_gb_s": 400, "network_gbit_s": 800, "link_share": 1})
     assert bandwidth(fast, 16) == 400e9
