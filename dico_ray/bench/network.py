@@ -81,7 +81,7 @@ def make_network(variant: str, config: Config, device: torch.device) -> nn.Modul
         return rival
     network = make_dico(config, device).to(dtype)
     if variant == "fused":
-        use_kernels(network, "triton", device)
+        use_kernels(network, "triton", device, recompute_gelu=config.train.recompute_gelu)
     elif variant == "compiled":
         compile_blocks(network)
     return PlainDiCo(network) if variant == "released" else network

@@ -132,7 +132,8 @@ def measure_engine(
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network = ways.make_dico(config, device)
-    use_kernels(network, config.model.kernels, device, config.train.zero_stage)
+    train = config.train
+    use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)
