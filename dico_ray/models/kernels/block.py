@@ -9,11 +9,11 @@ What a block keeps for its backward pass, in values a pixel and channel, if its 
           the feed-forward GELU r                                                                 3 + r
 
 With keep_gelu the last is kept instead, r values more, and the pass that would make it writes r less: for GPUs that
-have memory to spare. The input is the output of the block before, counted once. Mean and deviation are 16 bytes a pixel on top. The
-biases' gradients fall out of the passes that make the gradients which they sum.
+have memory to spare. The input is the output of the block before, counted once. Mean and deviation are 16 bytes a
+pixel on top. The biases' gradients fall out of the passes that make the gradients which they sum.
 
 One operator and not one a pass: a product's input is then recomputed without being kept by the product, and the
-host, which has 25 launches a block to make, meets autograd once.
+host, which has dozens of launches a block to make, meets autograd once.
 """
 
 from __future__ import annotations
