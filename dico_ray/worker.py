@@ -49,7 +49,8 @@ def run(task: dict[str, Any]) -> None:
     took = _Stopwatch()
     model = _model(config)
     took("network")
-    kernels = use_kernels(model, config.model.kernels, device, config.train.zero_stage)
+    train = config.train
+    kernels = use_kernels(model, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
     engine = Engine(model, config.train, device)

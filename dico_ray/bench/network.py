@@ -28,14 +28,14 @@ from dico_ray.storage import Storage
 from dico_ray.training.meter import peak_flops
 
 RIVAL = "DiT-XL/2"
-VARIANTS = {
-    "released": "NCHW, layer by layer, fp32 weights, convolutions in TF32",
-    "eager": "NHWC, bf16, layer by layer",
-    "compiled": "NHWC, bf16, each block compiled",
-    "fused": "NHWC, bf16, blocks by the Triton kernels",
-    "engine": "fused, through DeepSpeed and with the EMA as `dico-ray train` has them (bench train alone)",
-    "rival": f"{RIVAL} by diffusers, bf16, fused attention, each block compiled",
-}
+VARIANTS = {  # what is measured in training and in the forward pass, in the words of the package's measured figures
+    "released": ("training, released network, TF32 convolutions", "forward, released network, TF32 convolutions"),
+    "eager": ("training, bare loop, layer by layer", "forward, bf16, layer by layer"),
+    "compiled": ("training, bare loop, blocks compiled", "forward, bf16, blocks compiled"),
+    "fused": ("training, bare loop, blocks fused", "forward, bf16, blocks fused"),
+    "engine": ("training, engine of DeepSpeed and EMA, blocks fused", ""),
+    "rival": ("training, bf16, blocks compiled", "forward, bf16, blocks compiled"),
+}  # fmt: skip
 _AWAKE = 0.02  # added to weights: a fresh network's gates are zero, and would hide differences
 
 
@@ -81,7 +81,7 @@ def make_network(variant: str, config: Config, device: torch.device) -> nn.Modul
         return rival
     network = make_dico(config, device).to(dtype)
     if variant == "fused":
-        use_kernels(network, "triton", device)
+        use_kernels(network, "triton", device, recompute_gelu=config.train.recompute_gelu)
     elif variant == "compiled":
         compile_blocks(network)
     return PlainDiCo(network) if variant == "released" else network
@@ -208,23 +208,28 @@ def class_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([f"{'ms':<30}{heads}", *lines])
 
 
-def finish(what: str, rows: list[dict[str, Any]], device: torch.device, file: str) -> None:
-    """Prints the classes' table and writes the figures: all rows, and `measured` in the shape of the package's data."""
+def finish(verb: int, rows: list[dict[str, Any]], device: torch.device, file: str) -> None:
+    """Prints the classes' table and writes the figures: all rows, and `measured` in the shape of the package's data.
+
+    verb: 0 for training, 1 for the forward pass: which of a variant's words name it.
+    """
     print("\n" + class_table(rows))
     if not file:
         return
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    common = {"gpu": gpu, "versions": versions, "command": " ".join(["dico-ray", *sys.argv[1:]]),
-              "date": date.today().isoformat()}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    common = {
+        "gpu": name.removeprefix("NVIDIA ").split(" ")[0].split("-")[0],
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "command": " ".join(["dico-ray", *sys.argv[1:]]), "date": date.today().isoformat(),
+    }  # fmt: skip
     measured = [
-        {"model": found["model"], "what": f"{what}, {found['variant']}", **common,
-         **{name: found[name] for name in ("micro_batch", "images_per_s", "tflops", "memory_gb")}}
+        {"model": found["model"], "what": VARIANTS[found["variant"]][verb], **common,
+         **{field: found[field] for field in ("micro_batch", "images_per_s", "tflops", "memory_gb")}}
         for found in rows if "failed" not in found
     ]  # fmt: skip
-    folder, name = os.path.split(os.path.abspath(file))
-    figures = {"machine": gpu or f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows, "measured": measured}
-    Storage(folder).write(name, dumps(figures, indent=1).encode())
+    figures = {"machine": name or f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows, "measured": measured}
+    folder, base = os.path.split(os.path.abspath(file))
+    Storage(folder).write(base, dumps(figures, indent=1).encode())
 
 
 def device_of(config: Config) -> torch.device:

@@ -46,7 +46,7 @@ def main(
         return measure_training(variant, config, device, batch, seconds, expected)
 
     rows = ways.each_way(config, device, variants, micro_batches, measure)
-    ways.finish("train", rows, device, json)
+    ways.finish(0, rows, device, json)
 
 
 class Update:
@@ -132,7 +132,8 @@ def measure_engine(
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network = ways.make_dico(config, device)
-    use_kernels(network, config.model.kernels, device, config.train.zero_stage)
+    train = config.train
+    use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)

@@ -192,10 +192,13 @@ def compile_blocks(model: DiCo) -> None:
             module.compile(dynamic=False)
 
 
-def use_kernels(model: DiCo, setting: str, device: torch.device, zero_stage: int = 0) -> str:
+def use_kernels(
+    model: DiCo, setting: str, device: torch.device, zero_stage: int = 0, recompute_gelu: bool = True
+) -> str:
     """Makes the blocks and the head take the path that model.kernels asks for, on this device and at this ZeRO stage.
 
-    setting: auto, triton or torch. Returns a line that says which path runs, and why.
+    setting: auto, triton or torch. recompute_gelu: whether fused blocks make the feed-forward GELU again for their
+    backward pass instead of keeping it. Returns a line that says which path runs, and why.
 
     Raises:
         ConfigError: triton is asked for and cannot run here.
@@ -204,6 +207,8 @@ def use_kernels(model: DiCo, setting: str, device: torch.device, zero_stage: int
     for module in model.modules():
         if isinstance(module, Block | FinalLayer):
             module.fused = fused
+        if isinstance(module, Block):
+            module.keep_gelu = not recompute_gelu
     return why
 
 

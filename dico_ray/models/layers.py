@@ -120,10 +120,11 @@ class Block(nn.Module):
     """One DiCo block: a convolution half and a feed-forward half, each adaLN-zero modulated and gated.
 
     x `(B, H, W, C)`, condition `(B, C)` -> `(B, H, W, C)`.
-    fused: by the kernels of `kernels.block` instead of the layers here.
+    fused: by the kernels of `kernels.block` instead of the layers here; keep_gelu: as there.
     """
 
     fused = False
+    keep_gelu = False
 
     def __init__(self, channels: int, ffn_ratio: int) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class Block(nn.Module):
         if self.fused:
             from dico_ray.models.kernels.block import block
 
-            return block(x, modulation, self._weights())[0]
+            return block(x, modulation, self._weights(), self.keep_gelu and torch.is_grad_enabled())[0]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         h = F.gelu(self.conv2(self.conv1(layer_norm_modulate(x, shift_1, scale_1))))
         x = gated_residual(x, self.conv3(h * self.ca(h)), gate_1)

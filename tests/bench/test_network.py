@@ -60,7 +60,8 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
         "date",
     }
     assert all(set(found) == fields for found in figures["measured"])
-    assert figures["measured"][2]["what"] == f"{verb}, eager"
+    words = "training, bare loop" if verb == "train" else "forward, bf16"
+    assert figures["measured"][2]["what"] == f"{words}, layer by layer"
     text = capsys.readouterr().out
     assert "matrix products" in text
     if verb == "train":

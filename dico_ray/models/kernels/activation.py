@@ -97,10 +97,10 @@ def gelu_scale(pre: Tensor, scale: Tensor) -> Tensor:
     return _forward(pre, scale)
 
 
-def gelu_backward(d_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> x's gradient, that summed to `(C,)` in fp32, and gelu(x) again for the gradient of what took it."""
-    d_x, out, sums = _backward(d_out, x, None, None, slope=True, again=True)
-    assert d_x is not None and out is not None
+def gelu_backward(d_out: Tensor, x: Tensor, again: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> x's gradient; that summed to `(C,)` in fp32; if `again`, gelu(x) for the gradient of what took it."""
+    d_x, out, sums = _backward(d_out, x, None, None, slope=True, again=again)
+    assert d_x is not None
     return d_x, sums.sum(0), out
 
 

@@ -8,11 +8,12 @@ What a block keeps for its backward pass, in values a pixel and channel, if its 
     made again, in passes that read its source anyway: both modulated norms 2, the weighed GELU 1,
           the feed-forward GELU r                                                                 3 + r
 
-The input is the output of the block before, counted once. Mean and deviation are 16 bytes a pixel on top. The
-biases' gradients fall out of the passes that make the gradients which they sum.
+With keep_gelu the last is kept instead, r values more, and the pass that would make it writes r less: for GPUs that
+have memory to spare. The input is the output of the block before, counted once. Mean and deviation are 16 bytes a
+pixel on top. The biases' gradients fall out of the passes that make the gradients which they sum.
 
 One operator and not one a pass: a product's input is then recomputed without being kept by the product, and the
-host, which has 25 launches a block to make, meets autograd once.
+host, which has dozens of launches a block to make, meets autograd once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def _linear(x: Tensor, weights: list[Tensor], place: int) -> Tensor:
 
 
 @torch.library.custom_op("dico_ray::block", mutates_args=())
-def block(x: Tensor, modulation: Tensor, weights: list[Tensor]) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+def block(x: Tensor, modulation: Tensor, weights: list[Tensor], keep_gelu: bool) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """x `(B, H, W, C)`, modulation `(B, 6C)`: shift, scale, gate of each half -> the block's output, like x.
 
     weights: weight and bias of conv1 `(C, C, 1, 1)`, conv2 `(C, 1, 3, 3)`, conv3, the attention's product, conv4
-    `(rC, C, 1, 1)` and conv5, all of x's dtype. The other ten outputs are what the backward pass needs.
+    `(rC, C, 1, 1)` and conv5, all of x's dtype. The other outputs are what the backward pass needs; the last of them
+    is the feed-forward half's GELU if keep_gelu, else empty.
     """
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
     _, normed, stats_1 = adaln.norm_modulate(x, shift_1, scale_1)
@@ -48,13 +50,15 @@ def block(x: Tensor, modulation: Tensor, weights: list[Tensor]) -> tuple[
     branch_1 = _linear(activation.gelu_scale(pre, attention), weights, _CONV3)
     middle, normed, stats_2 = adaln.residual_norm_modulate(x, branch_1, gate_1, shift_2, scale_2)
     wide = _linear(normed, weights, _CONV4)
-    branch_2 = _linear(activation.gelu(wide), weights, _CONV5)
+    active = activation.gelu(wide)
+    branch_2 = _linear(active, weights, _CONV5)
     out = adaln.residual(middle, branch_2, gate_2)
-    return out, stats_1, h, pre, pooled, attention, branch_1, middle, stats_2, wide, branch_2
+    active = active if keep_gelu else x.new_empty(0)
+    return out, stats_1, h, pre, pooled, attention, branch_1, middle, stats_2, wide, branch_2, active
 
 
 @block.register_fake
-def _(x: Tensor, modulation: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+def _(x: Tensor, modulation: Tensor, weights: list[Tensor], keep_gelu: bool) -> tuple[Tensor, ...]:
     images, height, width, channels = x.shape
     stats = (2, images * height * width)
     wide = (images, height, width, weights[_CONV4].shape[0])
@@ -62,21 +66,18 @@ def _(x: Tensor, modulation: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...
         torch.empty_like(x), x.new_empty(stats, dtype=torch.float32), torch.empty_like(x), torch.empty_like(x),
         x.new_empty(images, channels), x.new_empty(images, channels), torch.empty_like(x), torch.empty_like(x),
         x.new_empty(stats, dtype=torch.float32), x.new_empty(wide), torch.empty_like(x),
+        x.new_empty(wide if keep_gelu else 0),
     )  # fmt: skip
 
 
-def _product_gradients(d_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `x @ weight.T` by x `(..., C_in)`, like x, and by the weight, like the weight."""
-    d, flat = d_out.flatten(0, -2), weight.flatten(1)
-    return (d @ flat).view(*d_out.shape[:-1], flat.shape[1]), (d.t() @ x.flatten(0, -2)).view(weight.shape)
-
-
 def _input_gradient(d_out: Tensor, weight: Tensor) -> Tensor:
+    """Of `x @ weight.T` by x, from the product's gradient `(..., C_out)`."""
     flat = weight.flatten(1)
     return (d_out.flatten(0, -2) @ flat).view(*d_out.shape[:-1], flat.shape[1])
 
 
 def _weight_gradient(d_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same by the weight, in its shape."""
     return (d_out.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape)
 
 
@@ -84,8 +85,8 @@ def _weight_gradient(d_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def block_backward(
     d_out: Tensor, x: Tensor, modulation: Tensor, weights: list[Tensor], kept: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of x, modulation and the weights, in their order and dtypes. kept: outputs 1 to 10 of `block`."""
-    stats_1, h, pre, pooled, attention, branch_1, middle, stats_2, wide, branch_2 = kept
+    """Gradients of x, modulation and the weights, in their order and dtypes. kept: `block`'s outputs but the first."""
+    stats_1, h, pre, pooled, attention, branch_1, middle, stats_2, wide, branch_2, active = kept
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
     gradients: list[Tensor] = list(weights)
 
@@ -95,9 +96,11 @@ def block_backward(
 
     end = adaln.residual_backward(d_out, branch_2, gate_2)
     assert end.branch is not None and end.total is not None
-    d_wide, d_bias, active = activation.gelu_backward(_input_gradient(end.branch, weights[_CONV5]), wide)
+    d_active = _input_gradient(end.branch, weights[_CONV5])
+    d_wide, d_bias, again = activation.gelu_backward(d_active, wide, again=not active.numel())
+    active = active if again is None else again
     keep(_CONV5, _weight_gradient(end.branch, active, weights[_CONV5]), (end.total * gate_2).sum(0))
-    del active
+    del active, again, d_active
 
     mid = adaln.residual_norm_modulate_backward(
         d_out, _input_gradient(d_wide, weights[_CONV4]), middle, stats_2, branch_1, gate_1, shift_2, scale_2
@@ -111,8 +114,9 @@ def block_backward(
     keep(_CONV3, _weight_gradient(mid.branch, weighed, weights[_CONV3]), (mid.total * gate_1).sum(0))
     del weighed
     d_logit = d_attention * attention.float() * (1 - attention.float())
-    d_pooled, d_weight = _product_gradients(d_logit.to(x.dtype), pooled, weights[_ATTENTION])
-    keep(_ATTENTION, d_weight, d_logit.sum(0))
+    d_low = d_logit.to(x.dtype)
+    d_pooled = _input_gradient(d_low, weights[_ATTENTION])
+    keep(_ATTENTION, _weight_gradient(d_low, pooled, weights[_ATTENTION]), d_logit.sum(0))
     d_pre = activation.gelu_scale_backward(d_weighed, pre, attention, d_pooled / (x.shape[1] * x.shape[2]))
     del d_weighed
     conv = depthwise.backward(d_pre, h, weights[_CONV2])
@@ -135,7 +139,7 @@ def _(d_out: Tensor, x: Tensor, modulation: Tensor, weights: list[Tensor], kept:
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, modulation, weights = inputs
+    x, modulation, weights, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, modulation, *weights, *output[1:])
     ctx.weights = len(weights)  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,7 +149,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, *_: Tenso
     x, modulation, *rest = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
     count: int = ctx.weights  # pyright: ignore[reportAttributeAccessIssue]
     d_x, d_modulation, *d_weights = block_backward(d_out.contiguous(), x, modulation, rest[:count], rest[count:])
-    return d_x, d_modulation, d_weights
+    return d_x, d_modulation, d_weights, None
 
 
 block.register_autograd(_backward, setup_context=_save)

@@ -59,7 +59,8 @@ def launch_all(shape: tuple[int, int, int, int], ratio: int, dtype: torch.dtype)
     shapes = ((c, c, 1, 1), (c, 1, 3, 3), (c, c, 1, 1), (c, c, 1, 1), (wide, c, 1, 1), (c, wide, 1, 1))
     weights = [tensor for size in shapes for tensor in (empty(*size), empty(size[0]))]
     x, modulation = empty(*shape), empty(images, 6 * c)
-    _, *kept = operators.block._init_fn(x, modulation, weights)
-    operators.block_backward._init_fn(x, x, modulation, weights, kept)
+    for keep_gelu in (False, True):
+        _, *kept = operators.block._init_fn(x, modulation, weights, keep_gelu)
+        operators.block_backward._init_fn(x, x, modulation, weights, kept)
     _, stats = operators.norm_modulate._init_fn(x, modulation[:, : 2 * c])
     operators.norm_modulate_backward._init_fn(x, x, modulation[:, : 2 * c], stats)

@@ -102,6 +102,9 @@ def gelu(i: Inputs, tolerance: float) -> None:
     exact = gradients(lambda x: (F.gelu(x),), [x], [d_out])
     compare([activation.gelu(x), d_x], exact, tolerance)
     compare([again, total], [exact[0], exact[1].sum((0, 1, 2))], 10 * tolerance)
+    alone, _, none = activation.gelu_backward(d_out, x, again=False)
+    assert none is None
+    assert torch.equal(alone, d_x)
 
 
 def attention(i: Inputs, tolerance: float) -> None:
@@ -131,13 +134,14 @@ def block(i: Inputs, tolerance: float, ratio: int = 2) -> None:
     made = make_block(i, ratio)
     x, condition, d_out = i.like(), i.draw(i.shape[0], i.shape[-1]), i.like()
     results = []
-    for dtype, fused in ((i.dtype, True), (torch.float64, False)):
+    for dtype, fused, keep_gelu in ((i.dtype, True, True), (i.dtype, True, False), (torch.float64, False, False)):
         made = made.to(dtype)
-        made.fused = fused
+        made.fused, made.keep_gelu = fused, keep_gelu
         inputs = [t.detach().to(dtype).requires_grad_() for t in (x, condition)]
         out = made(*inputs)
         results.append([out.detach(), *torch.autograd.grad(out, [*inputs, *made.parameters()], d_out.to(dtype))])
-    compare(results[0], results[1], tolerance)
+    compare(results[0], results[2], tolerance)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
 
 
 CASES = {

@@ -114,7 +114,8 @@ def test_the_operators_are_sound() -> None:
     i = cases.Inputs((2, 3, 5, 6), torch.float32, "cpu")
     made = cases.make_block(i, 2)
     x, modulation = i.like().requires_grad_(), i.draw(2, 36).requires_grad_()
-    torch.library.opcheck(block, (x, modulation, made._weights()))
+    for keep_gelu in (False, True):
+        torch.library.opcheck(block, (x, modulation, made._weights(), keep_gelu))
     torch.library.opcheck(norm_modulate, (x, i.draw(2, 12).requires_grad_()))
 
 
@@ -132,8 +133,8 @@ def test_a_fused_block_compiles_into_one_graph() -> None:
 def test_a_block_keeps_what_its_docstring_says(ratio: int) -> None:
     i = cases.Inputs((2, 8, 8, 16), torch.float32, "cpu")
     x, made = i.like().requires_grad_(), cases.make_block(i, ratio)
-    for fused, values in ((True, 6 + ratio), (False, 12 + 2 * ratio)):
-        made.fused = fused
+    for fused, keep_gelu, values in ((True, False, 6), (True, True, 6 + ratio), (False, False, 12 + ratio)):
+        made.fused, made.keep_gelu = fused, keep_gelu
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
@@ -144,7 +145,7 @@ def test_a_block_keeps_what_its_docstring_says(ratio: int) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = made(x, i.draw(2, 16))
-        assert sum(kept.values()) == values * x.numel()
+        assert sum(kept.values()) == (values + ratio) * x.numel()
         assert out.requires_grad
 
 
