@@ -222,8 +222,10 @@ class _Runner:
 
     def _searched(self, scale: str) -> list[Trial]:
         """A scale's trials as Optuna suggests them, one after another; it is told of those that there are already."""
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         low, high = self.config.sweep.lr
         space: dict[str, Any] = {"train.lr": tune.loguniform(low, high)}
         space |= {path: _domain(values) for path, values in self.config.sweep.space.items()}
