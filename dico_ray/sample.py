@@ -167,7 +167,7 @@ class SampleActor:
             check_codec(checkpoint, self.vae)
         self._about = model_of(checkpoint)
         self.network = load_network(checkpoint, config).to(self.device)
-        print(use_kernels(self.network, config.model.kernels, self.device))
+        print(f"kernels: {use_kernels(self.network, config.model.kernels, self.device)}")
         self._compiled = gpu and config.sample.compile
         if self._compiled:
             compile_blocks(self.network)

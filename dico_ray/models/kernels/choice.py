@@ -20,13 +20,13 @@ def choose(setting: str, device: torch.device, dtype: torch.dtype, zero_stage: i
         ConfigError: the setting is triton, and the kernels cannot run here.
     """
     if setting == "torch":
-        return False, "kernels: plain PyTorch (model.kernels torch)"
+        return False, "plain PyTorch (model.kernels torch)"
     missing = _missing(device, dtype, zero_stage)
     if not missing:
-        return True, "kernels: Triton (fused blocks)"
+        return True, "Triton (fused blocks)"
     if setting == "triton":
         raise ConfigError(f"model.kernels: triton, but {missing}; take auto or torch")
-    return False, f"kernels: plain PyTorch ({missing})"
+    return False, f"plain PyTorch ({missing})"
 
 
 def _missing(device: torch.device, dtype: torch.dtype, zero_stage: int) -> str:

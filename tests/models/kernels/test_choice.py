@@ -13,7 +13,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_takes_triton_on_gpus_and_says_why_not_elsewhere() -> None:
-    assert choice.choose("auto", GPU, torch.bfloat16) == (True, "kernels: Triton (fused blocks)")
+    assert choice.choose("auto", GPU, torch.bfloat16) == (True, "Triton (fused blocks)")
     for device, dtype, stage, why in (
         (CPU, torch.float32, 1, "on cpu, not on a GPU"),
         (GPU, torch.float64, 1, "computes in float64"),
@@ -30,7 +30,7 @@ def test_auto_takes_triton_on_gpus_and_says_why_not_elsewhere() -> None:
 def test_without_triton_plain_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     assert choice.choose("auto", GPU, torch.bfloat16) == (
-        False, "kernels: plain PyTorch (the package triton is not installed)",
+        False, "plain PyTorch (the package triton is not installed)",
     )  # fmt: skip
 
 
