@@ -33,7 +33,7 @@ VARIANTS = {  # what is measured in training and in the forward pass, in the wor
     "eager": ("training, bare loop, layer by layer", "forward, bf16, layer by layer"),
     "compiled": ("training, bare loop, blocks compiled", "forward, bf16, blocks compiled"),
     "fused": ("training, bare loop, blocks fused", "forward, bf16, blocks fused"),
-    "engine": ("training, engine of DeepSpeed and EMA, blocks fused", ""),
+    "engine": ("", ""),  # its row tells it: it depends on the settings
     "rival": ("training, bf16, blocks compiled", "forward, bf16, blocks compiled"),
 }  # fmt: skip
 _AWAKE = 0.02  # added to weights: a fresh network's gates are zero, and would hide differences
@@ -209,7 +209,7 @@ def class_table(rows: list[dict[str, Any]]) -> str:
 
 
 def finish(verb: int, rows: list[dict[str, Any]], device: torch.device, file: str) -> None:
-    """Prints the classes' table and writes the figures: all rows, and `measured` in the shape of the package's data.
+    """Prints the classes' table and writes the figures: all rows, and on a GPU `measured`.
 
     verb: 0 for training, 1 for the forward pass: which of a variant's words name it.
     """
@@ -217,19 +217,26 @@ def finish(verb: int, rows: list[dict[str, Any]], device: torch.device, file: st
     if not file:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    figures = {
+        "machine": name or f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows,
+        "measured": measured(verb, rows, name) if name else [],
+    }  # fmt: skip
+    folder, base = os.path.split(os.path.abspath(file))
+    Storage(folder).write(base, dumps(figures, indent=1).encode())
+
+
+def measured(verb: int, rows: list[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
+    """Rows in the shape of the package's measured figures. gpu: its full name."""
     common = {
-        "gpu": name.removeprefix("NVIDIA ").split(" ")[0].split("-")[0],
+        "gpu": gpu.removeprefix("NVIDIA ").split(" ")[0].split("-")[0],
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "command": " ".join(["dico-ray", *sys.argv[1:]]), "date": date.today().isoformat(),
     }  # fmt: skip
-    measured = [
-        {"model": found["model"], "what": VARIANTS[found["variant"]][verb], **common,
+    return [
+        {"model": found["model"], "what": found.get("what") or VARIANTS[found["variant"]][verb], **common,
          **{field: found[field] for field in ("micro_batch", "images_per_s", "tflops", "memory_gb")}}
         for found in rows if "failed" not in found
     ]  # fmt: skip
-    figures = {"machine": name or f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows, "measured": measured}
-    folder, base = os.path.split(os.path.abspath(file))
-    Storage(folder).write(base, dumps(figures, indent=1).encode())
 
 
 def device_of(config: Config) -> torch.device:

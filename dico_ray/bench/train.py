@@ -133,7 +133,7 @@ def measure_engine(
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network = ways.make_dico(config, device)
     train = config.train
-    use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
+    path = use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)
@@ -157,7 +157,7 @@ def measure_engine(
     return {
         **ways.row("engine", config, device, batch, accumulate * batch / took, flops), "first_s": first,
         "difference": apart, "micro_batch_ms": took / accumulate * 1e3, "accumulate": accumulate,
-        "zero_stage": config.train.zero_stage, "classes": classes,
+        "what": f"training, engine at ZeRO-{train.zero_stage} with EMA, {path}", "classes": classes,
     }  # fmt: skip
 
 

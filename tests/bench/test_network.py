@@ -47,6 +47,8 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
         assert found["classes"]["matrix products"] > 0
     assert [found["micro_batch"] for found in figures["rows"]] == [2, 4] * 3
     assert all("not on a GPU" in found["failed"] for found in figures["rows"][4:])
+    assert figures["measured"] == []  # those are of GPUs
+    rows = network.measured(0 if verb == "train" else 1, figures["rows"], "NVIDIA A100-SXM4-80GB")
     fields = {
         "model",
         "gpu",
@@ -59,9 +61,9 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
         "command",
         "date",
     }
-    assert all(set(found) == fields for found in figures["measured"])
+    assert [set(found) for found in rows] == [fields] * 4
     words = "training, bare loop" if verb == "train" else "forward, bf16"
-    assert figures["measured"][2]["what"] == f"{words}, layer by layer"
+    assert (rows[2]["what"], rows[2]["gpu"]) == (f"{words}, layer by layer", "A100")
     text = capsys.readouterr().out
     assert "matrix products" in text
     if verb == "train":
@@ -79,7 +81,8 @@ def test_the_engine_is_one_of_the_ways(tmp_path: Path) -> None:
     assert cli.main(["bench", "train", *TINY, *own, "--train.global_batch", "4", "--train.zero_stage", "2"]) == 0
     bare, engine = json.loads(file.read_text())["rows"]
     assert engine["images_per_s"] > 0
-    assert (bare["accumulate"], engine["accumulate"], engine["zero_stage"]) == (2, 2, 2)
+    assert (bare["accumulate"], engine["accumulate"]) == (2, 2)
+    assert engine["what"].startswith("training, engine at ZeRO-2 with EMA, kernels: plain PyTorch")
     assert engine["difference"] < 1e-5
     assert engine["classes"]["matrix products"] > 0
 
