@@ -92,7 +92,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        psutil.wait_procs(family, timeout=60)
 
 
 def _start(head: Head, folder: Path, name: str, *options: str) -> str:
