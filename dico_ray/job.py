@@ -44,7 +44,7 @@ def check(verb: str, config: Config, words: Sequence[str]) -> str:
         )
     if env.get("working_dir"):
         _check_outputs(verb, config)
-    return _short_stop(env) if verb == "train" else ""
+    return _short_stop(env) if verb in ("train", "sweep") else ""
 
 
 def _check_outputs(verb: str, config: Config) -> None:

@@ -16,8 +16,9 @@ from rich.table import Table
 from dico_ray.config import Config, ConfigError
 from dico_ray.settings import build
 from dico_ray.storage import Storage
+from dico_ray.training.telemetry import read_evaluated, read_events, read_metrics
 
-CONFIG, METRICS, EVENTS, EVALUATION = "config.yaml", "metrics.jsonl", "events.jsonl", "evaluation.json"
+CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 _RECENT = 20  # logged points that rate and time left rest on
 _SILENT = 10.0  # times its usual pause between logged points, after which a run is taken for one that stands still
 _LEAST_SILENCE_S = 120.0
@@ -37,7 +38,8 @@ class Status:
     left_s: float | None  # None: not known
     checkpoint: dict[str, Any] | None  # its event
     events: tuple[dict[str, Any], ...]
-    evaluation: dict[str, Any] | None
+    evaluation: dict[str, Any] | None  # what `dico-ray evaluate` left
+    evaluated: dict[str, Any] | None  # the last numbers of an evaluation beside training
     time: float
 
 
@@ -63,7 +65,7 @@ def read(run: Storage, now: float) -> Status:
             f"run.name: {run.url} holds no {CONFIG}, so no run was begun there; see run.storage, run.name"
         )
     config = build(yaml.safe_load(run.read(CONFIG)))
-    metrics, events = _lines(run, METRICS), _lines(run, EVENTS)
+    metrics, events, evaluated = read_metrics(run), read_events(run), read_evaluated(run)
     recent, last = metrics[-_RECENT:], metrics[-1] if metrics else {}
     step, steps = last.get("step", 0), config.train.steps
     step_s = sum(m["step_s"] for m in recent) / len(recent) if recent else None
@@ -76,19 +78,9 @@ def read(run: Storage, now: float) -> Status:
         checkpoint=checkpoints[-1] if checkpoints else None,
         events=tuple(events[-_EVENTS_SHOWN:]),
         evaluation=json.loads(run.read(EVALUATION)) if run.exists(EVALUATION) else None,
+        evaluated=evaluated[-1] if evaluated else None,
         time=now,
     )  # fmt: skip
-
-
-def _lines(run: Storage, name: str) -> list[dict[str, Any]]:
-    """A torn last line is left out: somebody may be writing it."""
-    found = []
-    for line in run.read(name).decode().splitlines() if run.exists(name) else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
 
 
 def _state(config: Config, step: int, last: dict[str, Any], events: list[dict[str, Any]], now: float) -> str:
@@ -129,6 +121,13 @@ def picture(status: Status) -> Group:
             *([("goodput", _goodput(m))] if "goodput" in m else []),  # a dead driver's last metrics have none
         ]
     rows.append(("checkpoint", _checkpoint(status)))
+    if status.evaluated:
+        told = ", ".join(
+            f"{name} {value:.4g}"
+            for name, value in status.evaluated.items()
+            if name not in ("step", "time") and not name.startswith("evaluation_") and isinstance(value, int | float)
+        )
+        rows.append(("beside training", f"step {status.evaluated['step']:,}: {told}"))
     if status.evaluation:
         distance = status.evaluation.get("frechet_distance")
         rows += [("evaluation", f"Frechet distance {distance:.3f}")] if distance is not None else []

@@ -101,6 +101,14 @@ def test_the_evaluation_is_shown(run: Storage) -> None:
     assert "Frechet distance 2.051" in text(status.read(run, NOW))
 
 
+def test_evaluations_beside_training_are_no_steps_of_it(run: Storage) -> None:
+    beside = {"step": 200, "frechet_distance": 31.5, "evaluation_images": 2000, "evaluation_s": 9.0, "time": NOW - 1}
+    write(run, [metrics(300, 5), beside], [event("start", 900)])
+    found = status.read(run, NOW)
+    assert (found.step, found.state, found.rate) == (300, "running", 128.0)
+    assert "step 200: frechet_distance 31.5" in text(found)
+
+
 def test_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.name: .*nobody holds no config\.yaml"):
         status.read(Storage(str(tmp_path / "nobody")), NOW)
