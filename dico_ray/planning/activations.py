@@ -43,13 +43,15 @@ PATHS: dict[str, Saved] = {
     # Fused kernels: input, the depthwise convolution's input and output, both branches, the stream between the halves;
     # hidden: before GELU. The head: modulated.
     "fused":    Saved(maps=6,  hidden=1, vectors=9,  head_maps=1, head_vectors=3),
+    # The same with the feed-forward GELU kept (train.recompute_gelu false).
+    "fused, GELU kept": Saved(maps=6, hidden=2, vectors=9, head_maps=1, head_vectors=3),
 }  # fmt: skip
 
 
 def path_of(config: Config, stage: int) -> str:
     """The row of `PATHS` that a run takes on GPUs: fused by setting, else compiled; neither at ZeRO stage 3."""
     if config.model.kernels != "torch" and stage < 3:
-        return "fused"
+        return "fused" if config.train.recompute_gelu else "fused, GELU kept"
     return "compiled" if config.train.compile and stage < 3 else "eager"
 
 

@@ -36,10 +36,11 @@ def main() -> None:
     model = Model(name="DiCo-tiny", hidden_size=4, depths=(2, 1, 1, 1, 1), ffn_ratio=3, latent_size=side)  # pyright: ignore
     sizes = model.architecture
     network = create_model("DiCo-tiny", hidden_size=4, depths=sizes.depths, ffn_ratio=3, class_dropout_prob=0.0)
-    use_kernels(network, "triton", torch.device("cpu"))
     t, y = torch.zeros(batch), torch.zeros(batch, dtype=torch.int64)
-    kept = kept_bytes(network, torch.randn(batch, 4, side, side), t, y)
-    print(kept, batch * activation_bytes(model, "fused", value=4))
+    for path, again in (("fused", True), ("fused, GELU kept", False)):
+        use_kernels(network, "triton", torch.device("cpu"), recompute_gelu=again)
+        kept = kept_bytes(network, torch.randn(batch, 4, side, side), t, y)
+        print(kept, batch * activation_bytes(model, path, value=4))
 
 
 if __name__ == "__main__":
