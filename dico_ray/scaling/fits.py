@@ -10,6 +10,7 @@ import numpy as np
 _LEVELS = (2.5, 97.5)  # percent: the ends of every interval
 _DRAWS = 300
 _NEAREST = 5  # points of a parabola: around the best one
+_BROKEN = 1.25  # times the best loss: beyond it training broke, which says nothing of where the least lies
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class Optimum:
 def optimum(rates: list[float], losses: list[float], seed: int = 0) -> Optimum | None:
     """Least squares of loss = a + b (ln lr - m)^2 through the five points nearest to the best; None if it has no least.
 
-    losses may be infinite (diverged): those are left out. Fewer than three others: None.
+    Left out are losses that are infinite (diverged) or beyond 1.25 times the best one, where training broke; these
+    only if three others remain. Fewer than three: None.
     """
     rows = sorted((r, v) for r, v in zip(rates, losses, strict=True) if math.isfinite(v))
+    sound = [(r, v) for r, v in rows if v <= _BROKEN * min(v for _, v in rows)]
+    rows = sound if len({r for r, _ in sound}) >= 3 else rows
     if len({r for r, _ in rows}) < 3:
         return None
     x, y = np.log([r for r, _ in rows]), np.array([v for _, v in rows])
