@@ -187,7 +187,7 @@ def test_stages_continue_from_checkpoints_scales_widen_and_the_winner_is_trained
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_trial_whose_process_dies_continues_at_its_checkpoint(latents: Path, tmp_path: Path, local_ray: None) -> None:
     config = _config(latents, tmp_path, {"steps": 400, "checkpoint_every": 20, "log_every": 20})
     killed: list[str] = []
@@ -224,7 +224,7 @@ sys.exit(main(["sweep", "--config", sys.argv[1]]))
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_command_that_was_interrupted_and_killed_continues(latents: Path, tmp_path: Path) -> None:
     config = _config(latents, tmp_path, {"steps": 200, "checkpoint_every": 20, "log_every": 20}, points=4)
     file = tmp_path / "sweep.yaml"

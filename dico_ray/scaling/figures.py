@@ -13,13 +13,18 @@ from dico_ray.scaling.summary import Found, Result, smoothed
 
 _COLOURS = ("#1f4e86", "#c2571a", "#2f7d4f", "#7b3f8c", "#a8892c", "#4d4d4d")
 
+_TALLEST = 1.25  # times the lowest loss: higher ones are shown at the edge
+
 
 def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
 def loss_by_rate(axes: Any, found: Found, verified: Result | None = None) -> None:
-    """A scale's trials, the parabola through those nearest to the best, and its lowest point."""
+    """A scale's trials, the parabola through those nearest to the best, and its lowest point.
+
+    Triangles at the upper edge: trials above it, or diverged.
+    """
     for i, scale in enumerate(found.scales):
         ended = [r for r in scale.results if r.complete and np.isfinite(r.value)]
         early = [r for r in scale.results if not r.complete and np.isfinite(r.value)]
@@ -29,11 +34,16 @@ def loss_by_rate(axes: Any, found: Found, verified: Result | None = None) -> Non
             used = sorted(r.trial.lr for r in scale.fitted if np.isfinite(r.value))
             x = np.geomspace(used[0], used[-1], 100)
             y = o.loss + o.curvature / 2 * np.log(x / o.lr) ** 2
-            shown = y < max(r.value for r in ended) * 1.02
+            shown = y < min(r.value for r in ended) * _TALLEST
             axes.plot(x[shown], y[shown], color=_colour(i), lw=1.2)
             axes.plot([o.lr], [o.loss], "*", color=_colour(i), ms=11, mec="white", mew=0.8)
     if verified:
         axes.plot([verified.trial.lr], [verified.value], "x", color="black", ms=8, mew=2, label="winner, trained")
+    values = [r.value for s in found.scales for r in s.results if np.isfinite(r.value)]
+    low, high = min(values), max(min(values) * _TALLEST, max(s.best.value for s in found.scales) * 1.05)
+    above = [r for s in found.scales for r in s.results if not r.value < high]
+    axes.plot([r.trial.lr for r in above], [high] * len(above), "^", color="#7d8794", ms=7, clip_on=False)
+    axes.set_ylim(low - 0.06 * (high - low), min(high, max(values) * 1.02) if not above else high)
     axes.set(xscale="log", xlabel="learning rate", ylabel=found.metric, title="loss by learning rate")
     axes.legend(frameon=False, fontsize=8)
 

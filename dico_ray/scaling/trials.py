@@ -49,7 +49,7 @@ def make(config: Config, scale: str, settings: dict[str, Any]) -> Trial:
     folder = f"{config.run.folder}/trials"
     built = build(merge(base, {"run": {"storage": folder}, "sweep": {"scales": [scale]}}))
     lr = float(settings["train.lr"])
-    named = build(merge(built.model_dump(), {"run": {"name": f"{scale}-lr{lr:.3g}-{_digest(built)}"}}))
+    named = build(merge(built.model_dump(), {"run": {"name": f"{scale}-lr{lr:.3g}-{_digest(built)}".replace("+", "")}}))
     others = tuple(sorted((path, value) for path, value in settings.items() if path != "train.lr"))
     return Trial(scale, lr, others, named)
 

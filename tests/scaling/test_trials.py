@@ -46,6 +46,7 @@ def test_a_trials_name_is_its_settings_not_its_length_or_place() -> None:
     assert one.key == longer.key != other.key
     assert one.to(60).train.steps == 60
     assert trials.planned(_config(budget="flops"), "x1")[0].key == one.key
+    assert trials.make(_config(), "x1", {"train.lr": 1e15}).key.startswith("x1-lr1e15-")
 
 
 def test_stages_end_at_the_full_length() -> None:
