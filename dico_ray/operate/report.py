@@ -161,7 +161,7 @@ def _events(run: Storage) -> list[tuple[str, str, str]]:
 
 
 def _grid_text(made: dict[str, Any]) -> str:
-    columns = ", ".join(made["classes"][:10])
+    columns = ", ".join(made.get("grid_classes", made["classes"][:10]))
     weights = "EMA weights" if made["weights"] == "ema" else "raw weights"
     return (
         f"One column per class ({columns}): {weights} of step {made['step']}, "
