@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dico_ray import cluster, evaluate, ingest, recorder, sample
+from dico_ray import cluster, evaluate, ingest, measure, recorder, sample
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
@@ -131,8 +131,9 @@ class Evaluator:
 
     def finish(self) -> None:
         """Waits for what is due, up to evaluate.wait_s or until a stop is asked for; then applies the retention."""
-        if self._attempt is None:  # nothing was trained
-            return
+        if self._attempt is None:  # nothing was trained: no workers to wait for
+            with self._lock:
+                self._waiting = False
         until = time.monotonic() + self._config.evaluate.wait_s
         while self._thread.is_alive() and self._due.due() and time.monotonic() < until:
             if ray.get(self._keeper.stop_wanted.remote()) not in ("", recorder.RESTART):
@@ -146,6 +147,7 @@ class Evaluator:
                 "failed", name, f"not done within {self._config.evaluate.wait_s:g} s of the end (evaluate.wait_s)"
             )
             self._due.settle(name)
+        Storage(self._config.run.folder).remove(measure.PARTS)  # of evaluations that were given up
         retain(self._checkpoints, Retention.of(self._config.train), self._due)
 
     def _run(self) -> None:
@@ -188,6 +190,7 @@ class Evaluator:
             self._tell("failed", newest, " ".join(str(error).split())[:300])
         else:
             self._due.keep(newest, step, result, grid)
+            self._due.settle(newest)  # whatever becomes of the log, it is not done again
             self._log(newest, step, result, time.monotonic() - began)
         self._due.settle(newest)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from dico_ray.config import UserError
 
@@ -116,7 +116,7 @@ class _Pool:
         actor, number = self._running.pop(reference)
         try:
             result = ray.get(reference)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # lost: its node died with the result
             self._deaths_on[number] += 1
             self._waiting.appendleft(number)
             self._died(f"on {self._work[number]}", error, self._deaths_on[number])
@@ -128,7 +128,7 @@ class _Pool:
         self._idle.append(actor)
         return self._work[number], result
 
-    def _died(self, where: str, error: RayActorError, on_it: int = 0) -> None:
+    def _died(self, where: str, error: Exception, on_it: int = 0) -> None:
         self._deaths += 1
         hint = "see that one fits into a node's memory (lower the batch size, or resources.actors)"
         if self._deaths >= _MOST_DEATHS_IN_A_ROW + self._size:

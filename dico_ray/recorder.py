@@ -126,7 +126,7 @@ class Recorder:
     @ray.method(concurrency_group="writing")
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """An evaluation's numbers, with the `step` of its checkpoint, which training has left behind."""
-        assert self._log
+        self._log = self._log or MetricsLog(self._run, self._config.train.steps)  # none: training was over before
         for log in (self._log, *self._trackers):
             log.log({**metrics, "time": time.time()})
         self._gauges.set({"evaluation_step" if name == "step" else name: value for name, value in metrics.items()})

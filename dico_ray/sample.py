@@ -56,6 +56,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     count, classes = config.sample.count, checkpoint.about["classes"]
     images = image_set(config.sample.format, output, classes, count)
     if _recorded(output, _UNFINISHED) != record:
+        _check_ours(output, images)
         output.remove(RECORD)
         images.clear()
         output.write(_UNFINISHED, json.dumps(record, indent=1).encode())
@@ -69,6 +70,17 @@ def main(config: Config, *, verbose: bool = False) -> None:
     output.write(RECORD, json.dumps(record, indent=1).encode())
     output.remove(_UNFINISHED)
     print(f"sample: {count} images in {where}, grid {output.url}/{GRID}")
+
+
+def _check_ours(output: Storage, images: ImageSet) -> None:
+    """Raises ConfigError if an earlier set's place holds files that no record of ours vouches for."""
+    ours = output.exists(RECORD) or output.exists(_UNFINISHED)
+    found = next((name for name in images.places if not ours and output.exists(name)), None)
+    if found:
+        raise ConfigError(
+            f"sample.output: {output.url} holds {found}, which no {RECORD} vouches for and which images would replace; "
+            "name another folder"
+        )
 
 
 def _recorded(output: Storage, name: str) -> Any:
@@ -163,8 +175,7 @@ class SampleActor:
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
         self.vae = Autoencoder(config.codec.vae, config.codec.precision, self.device, gpu and config.codec.compile)
-        if config.codec.precision == "fp32":
-            check_codec(checkpoint, self.vae)
+        check_codec(checkpoint, self.vae)
         self._about = model_of(checkpoint)
         self.network = load_network(checkpoint, config).to(self.device)
         print(f"kernels: {use_kernels(self.network, config.model.kernels, self.device)}")

@@ -60,7 +60,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     if due:
         evaluator.check(config)
     last = check_resumes(config, manifest)
-    if last and last.step >= config.train.steps:
+    if last and last.step >= config.train.steps and not (due and due.due()):
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
     run.write(CONFIG, config.to_yaml().encode())
@@ -80,12 +80,17 @@ def main(config: Config, *, verbose: bool = False) -> None:
             end = _Launch(config, manifest, keeper, gpu, beside).run()
             if beside:
                 beside.finish()
-    except UserError as error:
-        ray.get(keeper.event.remote({"event": "end", "text": str(error)}))
+    except (UserError, ray.train.TrainingFailedError) as error:
+        _end(keeper, " ".join(str(error).split())[:500])
         raise
-    ray.get(keeper.event.remote({"event": "end", "text": f"trained to step {end.step}"}))
-    ray.get(keeper.close.remote())
+    _end(keeper, f"trained to step {end.step}")
     print(f"train: step {end.step}, checkpoint {end.storage.url}")
+
+
+def _end(keeper: Any, text: str) -> None:
+    """The run's last event; then all that is logged is written out."""
+    ray.get(keeper.event.remote({"event": "end", "text": text}))
+    ray.get(keeper.close.remote())
 
 
 def check_fits(config: Config, manifest: Manifest) -> None:
@@ -247,7 +252,7 @@ class _Launch:
             thread.join(_POLL_S)
             if larger and time.monotonic() - looked > self.config.train.grow_every_s:
                 looked = time.monotonic()
-                if any(cluster.has_room(n - size, self._bundle, {}) for n in larger):
+                if any(cluster.has_room(n - size, self._bundle, {"CPU": ingest.READ_TASK_CPUS}) for n in larger):
                     ray.get(self.keeper.want_stop.remote(recorder.RESTART))
         if outcome[0]:
             raise outcome[0]

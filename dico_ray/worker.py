@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
 
 from dico_ray import ingest
@@ -71,6 +71,15 @@ def run(task: dict[str, Any]) -> None:
     with WorkerReport(config, task, engine, ema, start, took) as report:
         report.tell({"event": "kernels", "text": kernels})
         train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
+
+
+def _failed(answer: Any) -> bool:
+    """Whether a call of the recorder came to nothing: it is gone, or its storage or service does not answer."""
+    try:
+        ray.get(answer)
+    except RayError:
+        return True
+    return False
 
 
 class _Stopwatch:
@@ -158,14 +167,10 @@ class WorkerReport:
 
     def save(self, step: int, metrics: dict[str, Any]) -> None:
         """The checkpoint also carries what the recorder has not confirmed: it dies with the driver, workers later."""
-        done, waiting = [], [answer for answer, _ in self._unlogged]
+        waiting = [answer for answer, _ in self._unlogged]
         if waiting:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        try:
-            ray.get(done)
-            self._unlogged = [(answer, m) for answer, m in self._unlogged if answer in waiting]
-        except RayActorError:
-            pass
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        self._unlogged = [(answer, m) for answer, m in self._unlogged if answer in waiting or _failed(answer)]
         unlogged = [m for _, m in self._unlogged]
         self._writer.save(step, {**self._task["about"], "metrics": metrics, "unlogged": unlogged})
 

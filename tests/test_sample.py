@@ -133,6 +133,14 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(make: Make, tmp_pat
         make(classes=[1, 1])
 
 
+def test_files_of_others_are_not_replaced(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"sample\.output: .* holds images, which no samples\.json vouches for"):
+        sample.main(make(output=str(tmp_path)))
+    assert (tmp_path / "images" / "mine.jpg").read_bytes() == b"mine"
+
+
 def test_the_grid_has_a_column_for_each_drawn_class(make: Make) -> None:
     config = make(classes=[3, 1, 4], grid_rows=2)
     assert sample.grid_indices(config, 10) == [0, 1, 2, 3, 4, 5]

@@ -70,6 +70,7 @@ class Config(Section):
                 f"train.validate_every: {train.validate_every} needs held-out latents; set data.validation"
             )
         every = self.evaluate.every
+        self._best_can_be_told()
         if every and every % train.checkpoint_every:
             raise ValueError(
                 f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
@@ -83,6 +84,20 @@ class Config(Section):
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self
+
+    def _best_can_be_told(self) -> None:
+        """Raises ValueError if train.keep_best could keep nothing, since no checkpoint comes with the metric."""
+        train, name = self.train, self.train.best_metric
+        if not train.keep_best:
+            return
+        if name.startswith("val_"):
+            if not train.validate_every or train.checkpoint_every % train.validate_every:
+                raise ValueError(
+                    f"train.best_metric: {name} is known at no checkpoint unless train.validate_every divides "
+                    f"train.checkpoint_every = {train.checkpoint_every}"
+                )
+        elif name not in ("loss", "mse", "vb", "grad_norm") and not self.evaluate.every:
+            raise ValueError(f"train.best_metric: training logs no {name}; set evaluate.every, or take loss")
 
     def to_yaml(self) -> str:
         """The resolved settings, as a file that `--config` takes."""

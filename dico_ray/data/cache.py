@@ -15,6 +15,9 @@ from uuid import uuid4
 from dico_ray.config import ConfigError
 
 _SWEEP_SHARE = 32  # the folder is measured again each time it may have grown by 1/32 of its limit
+_grown: dict[
+    str, int
+] = {}  # bytes that this process wrote since the last sweep, by folder: a reading task lives shorter
 
 
 @dataclass
@@ -23,7 +26,6 @@ class ChunkCache:
 
     folder: str
     limit: int
-    _grown: int = 0
 
     def read_into(self, digest: str, buffer: memoryview) -> bool:
         """Fills the buffer and says so; False if the chunk is not there, or has another length."""
@@ -54,10 +56,11 @@ class ChunkCache:
                 raise ConfigError(f"data.cache: {self.folder} cannot be written ({error.strerror})") from None
             temporary.unlink(missing_ok=True)
             return
-        self._grown += len(data)
-        if self._grown * _SWEEP_SHARE >= self.limit:
+        grown = _grown.get(self.folder, self.limit) + len(data)  # a new process measures at once
+        if grown * _SWEEP_SHARE >= self.limit:
             self._sweep()
-            self._grown = 0
+            grown = 0
+        _grown[self.folder] = grown
 
     def drop(self, digest: str) -> None:
         (Path(self.folder) / digest).unlink(missing_ok=True)

@@ -87,9 +87,12 @@ class ImageSet(ABC):
         """Called once all images are held, with all labels. Returns where they are."""
         return f"{self.folder.url}/{IMAGES}"
 
+    places = (IMAGES, _PIECES, NPZ)
+    """What a set of any format may be found at, in its folder."""
+
     def clear(self) -> None:
         """Removes what an earlier set left in the folder, whatever its format."""
-        for name in (IMAGES, _PIECES, NPZ):
+        for name in self.places:
             self.folder.remove(name)
 
 

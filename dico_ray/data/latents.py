@@ -37,6 +37,14 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def _weights_hash(vae: Any) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 class Autoencoder:
     """uint8 pixels (B, H, W, 3) <-> scaled latents (B, C, H/f, W/f) of about unit variance.
 
@@ -54,7 +62,7 @@ class Autoencoder:
             raise ConfigError(f"codec.vae: {path} is not a folder; name a diffusers AutoencoderKL folder or a hub id")
         try:
             settings: Any = AutoencoderKL.load_config(path)
-            vae, loaded = _load(AutoencoderKL, path, _DTYPES[precision])
+            vae, loaded = _load(AutoencoderKL, path, torch.float32)
         except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"codec.vae: cannot load an AutoencoderKL from {path!r}: {reason}") from None
@@ -69,7 +77,8 @@ class Autoencoder:
             )
         # cuDNN's fast convolutions take channels last; with NCHW weights it would turn each layer's input around.
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-        self._vae = vae.to(device, memory_format=layout).eval().requires_grad_(False)
+        self._hash = _weights_hash(vae)  # before they are rounded: the same for any precision
+        self._vae = vae.to(device, _DTYPES[precision], memory_format=layout).eval().requires_grad_(False)
         self._compiled, self._largest = compiled, 0
         if compiled:
             self._vae.encoder.compile(dynamic=False)
@@ -94,11 +103,7 @@ class Autoencoder:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest or result says of the codec; the hash is of all weights."""
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self._vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.float().cpu().contiguous().numpy())
-        return {"vae": self.path, "hash": digest.hexdigest(), "scale": self.scale, "factor": self.factor}
+        return {"vae": self.path, "hash": self._hash, "scale": self.scale, "factor": self.factor}
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ from dico_ray.scaling.scales import scaled
 from dico_ray.settings import SECTION_NAMES, build, fields, merge, nearest
 
 _DECIDED = ("run.", "storage.", "resources.", "sweep.", "encode.", "sample.", "evaluate.", "train.lr", "train.steps",
-            "train.num_workers")  # fmt: skip
+            "train.num_workers", "train.global_batch", "model.kernels")  # fmt: skip
 # What makes two runs different. Their length, workers, memory, logging are not among it: a trial keeps its run.
 _TRAIN = ("global_batch", "lr", "warmup_steps", "betas", "weight_decay", "grad_clip", "label_drop", "flip",
           "ema_decay", "precision")  # fmt: skip
@@ -61,6 +61,14 @@ def _digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def _told_by_name(path: str) -> bool:
+    """Whether trials that differ in this setting have different names, and so folders of their own."""
+    section, _, name = path.partition(".")
+    return (
+        section == "model" or path in ("data.latents", "data.window_samples") or (section == "train" and name in _TRAIN)
+    )
+
+
 def check_space(config: Config) -> None:
     """Raises ConfigError, one line, for a key that is no setting, values that cannot be, or none."""
     known = {setting.path for section in SECTION_NAMES for setting in fields(section)}
@@ -69,7 +77,7 @@ def check_space(config: Config) -> None:
             raise ConfigError(f"sweep.space: {path} is not a setting{nearest(path)}")
         if path == "train.lr":
             raise ConfigError("sweep.space: train.lr is swept by sweep.lr; set [low,high] there")
-        if path.startswith(_DECIDED):
+        if path.startswith(_DECIDED) or not _told_by_name(path):
             raise ConfigError(
                 f"sweep.space: {path} cannot be varied: the sweep decides it, or training does not use it"
             )

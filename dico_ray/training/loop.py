@@ -98,8 +98,9 @@ def train_loop(
             fresh = meter.flush(done, learning_rate(config, batch.step))
             if validate and validating and fresh:
                 fresh |= _validated(validate, meter)
-            metrics = fresh or metrics
-            report.log(metrics)
+            if fresh:
+                metrics = fresh
+                report.log(metrics)
         stop = engine.agree(report.stepped(done))
         last = done == config.train.steps or stop
         # Before the checkpoint: a run that is resumed there has its snapshot.

@@ -77,7 +77,7 @@ class Validation:
             for start in range(0, self._rows, size):
                 real = max(0, min(size, self._count - start))
                 terms = self._losses(slice(start, start + size))
-                sums[:-1] += torch.stack([terms[name][:real].detach().double().sum() for name in _TERMS])
+                sums[:-1] += torch.stack([terms[name][:real].double().sum() for name in _TERMS])
         *means, count = self._engine.mean(sums)
         samples = round(count * self._engine.world_size)
         return {**{f"val_{name}": mean / count for name, mean in zip(_TERMS, means, strict=True)},
@@ -93,7 +93,8 @@ class Validation:
             latents = draw_posterior(latents, normal(SEED, Stream.VALIDATION_POSTERIOR, 0, keys, shape))
         t = integers(SEED, Stream.VALIDATION_TIMESTEP, 0, keys, self._diffusion.num_steps)
         noise = normal(SEED, Stream.VALIDATION_NOISE, 0, keys, shape)
-        return self._diffusion.training_losses(self._engine, latents, t, noise, y=labels)
+        found = self._diffusion.training_losses(self._engine, latents, t, noise, y=labels)
+        return {name: value.detach() for name, value in found.items()}  # or the graph would outlive the next forward
 
 
 def _read(storage: Storage, manifest: Manifest, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

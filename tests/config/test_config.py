@@ -276,3 +276,20 @@ def test_keys_in_the_storage_options_are_never_shown() -> None:
     with pytest.raises(ConfigError, match=r"^--storage\.options: write a list") as caught:
         parse("train", ["--storage.options", "{secret: hush"])
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": {"best_metric": "fid"}}, r"training logs no fid; set evaluate\.every, or take loss"),
+        ({"train": {"best_metric": "val_loss"}}, r"val_loss is known at no checkpoint unless train\.validate_every"),
+        ({"train": {"best_metric": "val_loss", "validate_every": 1000, "checkpoint_every": 2500},
+          "data": {"validation": "/held-out"}}, r"divides train\.checkpoint_every = 2500"),
+    ],
+)  # fmt: skip
+def test_a_best_metric_that_no_checkpoint_has_is_refused(settings: dict[str, Any], message: str) -> None:
+    train = {"keep_best": 1, **settings["train"]}
+    with pytest.raises(ConfigError, match=message):
+        build({**settings, "train": train})
+    build({"train": {"keep_best": 1, "best_metric": "val_loss", "validate_every": 1250, "checkpoint_every": 2500},
+           "data": {"validation": "/held-out"}})  # fmt: skip

@@ -53,6 +53,13 @@ def test_the_limit_holds_and_the_oldest_go(tmp_path: Path) -> None:
     assert len(names) > 10
 
 
+def test_the_limit_holds_over_many_short_tasks(tmp_path: Path) -> None:
+    """Each reading task has a copy of the cache of its own."""
+    for i in range(100):
+        ChunkCache(str(tmp_path), 10_000).write(f"{i:03d}", memoryview(bytes(500)))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 10_000 + 500
+
+
 def test_a_folder_that_cannot_be_written_is_a_wrong_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     manifest = write_latents(tmp_path / "data")

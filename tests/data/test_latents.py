@@ -119,6 +119,7 @@ def test_description_is_stable_and_its_hash_is_of_the_weights(vae: Autoencoder, 
     told = vae.describe()
     assert told == {**Autoencoder(str(copy), "fp32", CPU).describe(), "vae": str(demo.VAE)}
     assert told == json.loads(json.dumps(told))
+    assert told == Autoencoder(str(demo.VAE), "bf16", CPU).describe()  # of the weights as they are stored
     assert (told["scale"], told["factor"], len(told["hash"])) == (vae.scale, vae.factor, 32)
     weights = load_file(copy / WEIGHTS)
     name = sorted(weights)[-1]

@@ -91,6 +91,8 @@ def test_a_best_rate_at_an_end_asks_for_one_more_beyond_it() -> None:
         ({"space": {"train.lr": [1]}}, r"swept by sweep\.lr"),
         ({"space": {"train.steps": [1]}}, r"train\.steps cannot be varied"),
         ({"space": {"sample.steps": [1]}}, r"sample\.steps cannot be varied"),
+        ({"space": {"train.global_batch": [96, 192]}}, r"train\.global_batch cannot be varied"),
+        ({"space": {"train.zero_stage": [0, 1]}}, r"train\.zero_stage cannot be varied"),
         ({"space": {"train.weight_decay": {"low": 0, "high": 1}}}, r"a grid needs a list"),
         ({"search": "random", "space": {"train.weight_decay": {"low": 1, "high": 0}}}, r"is no range"),
         ({"search": "random", "space": {"train.weight_decay": {"low": 0, "high": 1, "log": True}}}, r"is no range"),
