@@ -22,7 +22,7 @@ from dico_ray.evaluator import _runs
 from dico_ray.recipes import resolve
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import find
-from dico_ray.training.evaluations import FOLDER, results
+from dico_ray.training.evaluations import FOLDER, Evaluations, results
 from dico_ray.training.telemetry import read_evaluated, read_events, read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -120,6 +120,16 @@ def test_numbers_come_with_their_steps_while_training_goes_on(unnamed: Path, dig
     skipped = [e["checkpoint"] for e in _events(config, "evaluation skipped")]
     assert len(skipped) + len(found) == 6
     assert not _events(config, "evaluation failed")
+
+    # A command that ended while it waited for the last one leaves its marker: the same command does it.
+    due = Evaluations.of(config)
+    assert due
+    due.committed(found[-1]["checkpoint"], 3000)
+    before = len(_events(config, "evaluation"))
+    train.main(config)
+    assert len(_events(config, "evaluation")) == before + 1
+    assert not due.due()
+    assert [m["step"] for m in read_metrics(run)] == [m["step"] for m in metrics]
 
 
 @pytest.mark.parametrize(
