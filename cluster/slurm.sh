@@ -14,7 +14,7 @@
 # into the queue; it continues there. The environment that has dico-ray must be active on all nodes (shared storage).
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?run it by sbatch}"
+: "${SLURM_JOB_ID:?run it by sbatch}" "${SLURM_CPUS_PER_TASK:?give sbatch --cpus-per-task}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
@@ -28,8 +28,9 @@ mkdir -p "$HOME/.ray"
 start() { # NODE ARGUMENTS...: Ray on one node, in the background, until the job ends
     local node=$1
     shift
-    srun --nodes=1 --ntasks=1 --exact --nodelist="$node" ray start --block --disable-usage-stats \
-        --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" "$@" &
+    # By name: srun of Slurm 22.05 to 23.02 does not take --cpus-per-task over from sbatch, and gives a step one CPU.
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --exact --nodelist="$node" \
+        ray start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" "$@" &
 }
 
 # At the end: the token goes, and the background steps hold this shell back no longer.

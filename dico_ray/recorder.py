@@ -104,7 +104,9 @@ class Recorder:
         self._attempt = attempt
         self._latest = {}
         self._logged = time.monotonic()
-        self._gauges.set({"step": start, "workers": workers, "skipped_steps": 0, "log_due_s": 0.0})
+        # No step's time is known yet: the alert's ten times that are what a worker may take before it counts as hung.
+        due = self._config.train.hang_timeout_s / 10
+        self._gauges.set({"step": start, "workers": workers, "skipped_steps": 0, "log_due_s": due})
         self._stop = "" if self._stop == RESTART else self._stop
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
         self._add({"event": "start", "step": start, "attempt": attempt, "workers": workers, "seconds": took,

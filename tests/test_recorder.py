@@ -54,6 +54,15 @@ def test_metrics_reach_prometheus_and_the_run_s_files(tmp_path: Path) -> None:
     assert [e["event"] for e in read_events(run)] == ["start"]
 
 
+def test_until_the_first_log_the_alert_waits_as_long_as_the_watchdog(tmp_path: Path) -> None:
+    """DicoRayStalled fires after ten times log_due_s and some more."""
+    config = build({"run": {"storage": str(tmp_path), "name": "slow"}, "train": {"hang_timeout_s": 7200}})
+    keeper = recorder.Recorder(config)
+    keeper.begin(0, "000001-00000000", 2, [], {})
+    assert keeper._gauges._numbers["log_due_s"] == 720
+    keeper.close()
+
+
 def test_what_was_done_twice_is_no_goodput(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -31,7 +31,9 @@ def worker_groups(config: Config) -> list[Group]:
     cluster = config.cluster
     low, high = config.train.worker_range
     least, most = training_nodes(config, low), training_nodes(config, high)
-    found = [Group("train", most, *_range(config, least, most), cluster.node_cpus, cluster.node_memory_gb,
+    # KubeRay submits the run when all replicas are ready: with the autoscaler it begins on the fewest it may have.
+    first = least if cluster.autoscale else most
+    found = [Group("train", first, *_range(config, least, most), cluster.node_cpus, cluster.node_memory_gb,
                    cluster.gpus_per_node)]  # fmt: skip
     if cluster.data_nodes[1]:
         least, most = cluster.data_nodes

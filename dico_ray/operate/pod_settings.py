@@ -11,7 +11,7 @@ from dico_ray.settings import build
 
 _ELSEWHERE = ("cluster", "recipe")
 _NODE_LOCAL = {"data.cache": ("/dev/shm/", "/scratch/", "/tmp/")}
-_LOGIN_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+LOGIN_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 
 def kubernetes_name(config: Config, longest: int) -> str:
@@ -45,7 +45,7 @@ def settings_for_pods(config: Config) -> dict[str, Any]:
         for name, value in settings.items():
             for text in (value,) if isinstance(value, str) else ():
                 _check_reachable(config, f"{section}.{name}", text)
-                if _LOGIN_IN_URL.search(text):
+                if LOGIN_IN_URL.search(text):
                     raise ConfigError(f"{section}.{name}: the URL holds a login, and manifests hold none; use a secret")
     return ({"recipe": config.recipe} if config.recipe else {}) | found
 

@@ -15,6 +15,13 @@ USER = 1000
 _MARGIN_S = 60
 # The controller asks for a job's state every three seconds: a head that stays so long is seen to have failed.
 _SEEN_S = 15
+# Labels of spot nodes by GKE, EKS, Karpenter and AKS. Head and submitter avoid all: spot_label is one cloud's.
+_SPOT_LABELS = (
+    "cloud.google.com/gke-spot=true",
+    "eks.amazonaws.com/capacityType=SPOT",
+    "karpenter.sh/capacity-type=spot",
+    "kubernetes.azure.com/scalesetpriority=spot",
+)
 # Commands of this project; the brackets keep the pattern from finding the shell that holds it.
 _DRIVERS = r"[d]ico-ray (encode|train|sample|evaluate|sweep)|[j]obs/[a-z]+\.py"
 
@@ -57,7 +64,7 @@ def head(cluster: Cluster, labels: dict[str, str]) -> Pod:
     container["volumeMounts"].append({"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True})
     spec = _spec(cluster, container, cluster.head_memory_gb)
     spec["volumes"].append({"name": "config", "configMap": {"name": labels[RUN]}})
-    spec["affinity"] = {"nodeAffinity": _required(_spot(cluster, "NotIn"))}
+    spec["affinity"] = {"nodeAffinity": _required(_no_spot(cluster))}
     # The autoscaler, beside the head's container, asks Kubernetes for pods.
     spec["automountServiceAccountToken"] = cluster.autoscale
     return {"metadata": {"labels": labels | {PART: "head"}}, "spec": spec}
@@ -79,7 +86,7 @@ def worker(cluster: Cluster, group: Group, labels: dict[str, str]) -> Pod:
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if group.gpus else []
     if cluster.spot:
         key, _, value = cluster.spot_label.partition("=")
-        spec["affinity"] = {"nodeAffinity": _required(_spot(cluster, "In"))}
+        spec["affinity"] = {"nodeAffinity": _required([_expression(cluster.spot_label, "In")])}
         tolerations.append({"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"})
     if tolerations:
         spec["tolerations"] = tolerations
@@ -103,7 +110,7 @@ def submitter(cluster: Cluster, labels: dict[str, str], command: list[str] | Non
         "automountServiceAccountToken": False,
         "securityContext": _pod_rights(),
         **_pull(cluster),
-        "affinity": {"nodeAffinity": _required(_spot(cluster, "NotIn"))},
+        "affinity": {"nodeAffinity": _required(_no_spot(cluster))},
         "containers": [container],
         "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1G"}}],
     }
@@ -192,11 +199,16 @@ def _before_end(command: list[str]) -> dict[str, Any]:
     return {"preStop": {"exec": {"command": command}}}
 
 
-def _spot(cluster: Cluster, operator: str) -> dict[str, Any]:
-    key, _, value = cluster.spot_label.partition("=")
+def _no_spot(cluster: Cluster) -> list[dict[str, Any]]:
+    """All of them hold in one term; a node without the label passes."""
+    return [_expression(label, "NotIn") for label in dict.fromkeys((cluster.spot_label, *_SPOT_LABELS))]
+
+
+def _expression(label: str, operator: str) -> dict[str, Any]:
+    key, _, value = label.partition("=")
     return {"key": key, "operator": operator, "values": [value]}
 
 
-def _required(expression: dict[str, Any]) -> dict[str, Any]:
-    terms = [{"matchExpressions": [expression]}]
+def _required(expressions: list[dict[str, Any]]) -> dict[str, Any]:
+    terms = [{"matchExpressions": expressions}]
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}

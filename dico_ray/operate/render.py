@@ -10,6 +10,7 @@ import yaml
 
 from dico_ray.config import Cluster, Config, ConfigError, UserError
 from dico_ray.operate import manifests
+from dico_ray.operate.pod_settings import LOGIN_IN_URL
 
 KINDS = {"job": manifests.job, "cluster": manifests.ray_cluster, "cron": manifests.cron}
 _FIRST_RAY_WITH_TOKENS = (2, 52)
@@ -66,6 +67,9 @@ def _check_settings(cluster: Cluster) -> None:
         raise ConfigError(
             f"cluster.ray_version: {cluster.ray_version} has no token authentication; take 2.52.0 or newer"
         )
+    for name, text in {"redis": cluster.redis, **{f"env.{name}": text for name, text in cluster.env.items()}}.items():
+        if LOGIN_IN_URL.search(text):
+            raise ConfigError(f"cluster.{name}: the URL holds a login, and manifests hold none; use a secret")
 
 
 def _needs(config: Config, kind: str, verb: str) -> list[str]:

@@ -67,7 +67,7 @@ def step(config: Config, workers: int, global_batch: int | None = None) -> Point
     share = batch // workers
     most = min(largest_micro_batch(config, train.zero_stage, workers), train.micro_batch or share, share)
     micro = max((size for size in range(1, most + 1) if share % size == 0), default=0)
-    time = micro_batch_time(config, micro) if micro else None
+    time = micro_batch_time(config, micro, workers=workers) if micro else None
     if time is None:
         return None
     return _point(config, workers, batch, micro, time)

@@ -28,6 +28,7 @@ class Time:
     """Seconds of one micro-batch, forward and backward. launches_s: the part that does not depend on its size.
 
     least_s, most_s: what the other rows would have said. basis: measured, interpolated or extrapolated, and row: from.
+    Only one GPU's time is measured or interpolated: what several lose to each other, no row of one GPU tells.
     """
 
     seconds: float
@@ -52,12 +53,17 @@ def why_unknown(config: Config) -> str:
     return ""
 
 
-def micro_batch_time(config: Config, micro_batch: int, rows: tuple[Row, ...] | None = None) -> Time | None:
-    """Of the config's network on hardware.gpu; None where `why_unknown` says so. rows: instead of measured.json's."""
+def micro_batch_time(
+    config: Config, micro_batch: int, rows: tuple[Row, ...] | None = None, workers: int = 1
+) -> Time | None:
+    """Of the config's network on hardware.gpu; None where `why_unknown` says so. rows: instead of measured.json's.
+
+    workers: how many GPUs step together. The time is of one's own work; the label and the range tell of them.
+    """
     if why_unknown(config):
         return None
     path = "eager" if config.train.zero_stage == 3 else "compiled"
-    return _ladders(rows or measured.rows(), path).time(config.model, gpu_of(config), micro_batch)
+    return _ladders(rows or measured.rows(), path).time(config.model, gpu_of(config), micro_batch, workers)
 
 
 @cache
@@ -72,7 +78,7 @@ class Ladders:
     rows: tuple[Row, ...]
     path: str
 
-    def time(self, model: Model, gpu: Accelerator, micro_batch: int) -> Time:
+    def time(self, model: Model, gpu: Accelerator, micro_batch: int, workers: int = 1) -> Time:
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
@@ -82,7 +88,9 @@ class Ladders:
                 basis = "measured"
             elif between:
                 basis, best = "interpolated", self._interpolate(*between, micro_batch)
-        times = [seconds for seconds, _ in found] if basis == "extrapolated" else [best]
+        if workers > 1:
+            basis = "extrapolated"
+        times = [best, *(seconds for seconds, _ in found if basis == "extrapolated")]
         if self.path == "eager":
             times.append(self._estimate(row, model, gpu, micro_batch, launches=0.0))
         launches = min(best, self.launches * sum(model.architecture.depths))

@@ -97,7 +97,7 @@ def test_the_lock_has_every_dependency_with_a_hash() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(w for extra in ("s3", "gs", "track") for w in project["optional-dependencies"][extra]),
+        *(w for extra in ("s3", "gs", "track", "vms") for w in project["optional-dependencies"][extra]),
     ]
     names = {re.match(r"[A-Za-z0-9-]+", word)[0].lower() for word in wanted}  # type: ignore[index]
     assert names <= set(pins)
@@ -112,6 +112,8 @@ def test_the_cluster_launcher_takes_the_file() -> None:
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
     assert config["provider"]["use_internal_ips"] is True
+    image = (FOLDER / "Dockerfile").read_text()
+    assert all(word in image for word in ("openssh-client", "rsync")), "the launcher and the head copy files by them"
     assert not any(word in json.dumps(config) for word in ("privileged", "aws_secret", "IPC_LOCK"))
 
 

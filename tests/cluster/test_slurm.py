@@ -49,7 +49,9 @@ def test_ray_on_every_node_and_the_verbs_exit_code(
     assert (tmp_path / "verb").read_text() == f"{verb} --config run.yaml 10.0.0.1:20077\n"
     assert (tmp_path / "mode").read_text() == "600\n"
     assert not list((tmp_path / ".ray").iterdir()), "the token stays on the disk"
-    assert {"--nodelist=node1", "--nodelist=node2"} <= set((tmp_path / "srun").read_text().split())
+    options = (tmp_path / "srun").read_text().split()
+    assert {"--nodelist=node1", "--nodelist=node2"} <= set(options)
+    assert options.count("--cpus-per-task=4") == options.count("--exact") == 2, "each step of Ray gets its CPUs"
     head = next(line for line in (tmp_path / "ray").read_text().splitlines() if "--head" in line)
     assert "--num-gpus=8" in head
     assert head.endswith(" token")

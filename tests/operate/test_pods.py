@@ -72,11 +72,18 @@ def test_workers_go_to_spot_machines_and_the_head_never() -> None:
         assert {"key": label["key"], "operator": "Equal", "value": "SPOT", "effect": "NoSchedule"} in (
             found[part]["spec"]["tolerations"]
         )
+    others = {"cloud.google.com/gke-spot": "true", "karpenter.sh/capacity-type": "spot",
+              "kubernetes.azure.com/scalesetpriority": "spot"}  # fmt: skip
     for part in ("head", "submitter"):
-        assert _terms(found[part]) == [[label | {"operator": "NotIn"}]]
+        (avoided,) = _terms(found[part])
+        assert avoided[0] == label | {"operator": "NotIn"}
+        assert avoided[1:] == [{"key": k, "operator": "NotIn", "values": [v]} for k, v in others.items()]
         assert "tolerations" not in found[part]["spec"]
     assert "affinity" not in templates()["train"]["spec"]
     assert _terms(templates()["head"])[0][0]["operator"] == "NotIn", "also where this run asks for no spot machines"
+    (avoided,) = _terms(templates(cluster={"spot_label": "example.com/spot=yes"})["head"])
+    assert [e["key"] for e in avoided] == ["example.com/spot", "cloud.google.com/gke-spot",
+                                           "eks.amazonaws.com/capacityType", *list(others)[1:]]  # fmt: skip
 
 
 def test_devices_memory_and_labels_are_the_training_nodes() -> None:

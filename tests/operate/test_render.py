@@ -42,6 +42,15 @@ def test_every_object_is_valid(variant: str, kind: str) -> None:
             kubernetes_validate.validate(document, "1.31", strict=True)
 
 
+@pytest.mark.parametrize("cluster", [{"redis": "redis://:hush@redis:6379"},
+                                     {"env": {"HTTPS_PROXY": "http://me:hush@proxy:3128"}}])  # fmt: skip
+def test_a_login_in_a_url_is_in_no_manifest(cluster: dict[str, Any]) -> None:
+    says = r"cluster\.(redis|env\.HTTPS_PROXY): the URL holds a login, and manifests hold none; use a secret$"
+    with pytest.raises(ConfigError, match=says) as error:
+        documents(config_for(cluster=cluster))
+    assert "hush" not in str(error.value)
+
+
 def test_a_job_trains_and_is_tried_again() -> None:
     spec = only(documents(config_for(cluster={"retries": 7, "stop_wait_s": 400})), "RayJob")["spec"]
     assert spec["entrypoint"] == "exec dico-ray train --config /etc/dico-ray/run.yaml"

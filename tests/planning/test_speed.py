@@ -34,6 +34,18 @@ def test_a_measured_row_is_its_own_forecast() -> None:
     assert time.least_s == time.most_s == time.seconds
 
 
+@pytest.mark.parametrize("workers", [2, 8])
+def test_one_gpus_row_is_no_measurement_of_several(workers: int) -> None:
+    """Their own work is foreseen to be the same; what they lose to each other no such row tells."""
+    row = next(row for row in measured.rows() if row.what == measured.WHOLE and row.gpus == 1)
+    assert row.micro_batch
+    one = timed(planned("dico-h-256"), row.micro_batch)
+    several = micro_batch_time(planned("dico-h-256"), row.micro_batch, workers=workers)
+    assert several
+    assert (several.seconds, several.row, several.basis) == (one.seconds, row, "extrapolated")
+    assert several.least_s <= one.seconds < several.most_s
+
+
 def test_the_bare_loop_of_the_same_network_carries_the_whole_path_s_toll() -> None:
     """DiCo-XL was measured in the bare loop alone: its forecast is that row, slowed as DiCo-H was."""
     row = next(row for row in measured.rows() if row.what == measured.BARE and row.model == "DiCo-XL")

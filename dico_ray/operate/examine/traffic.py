@@ -102,7 +102,8 @@ def judge(config: Config, backend: str, size: int, nodes: int, seconds: float) -
     rate = 2 * (size - 1) / size * _MEGABYTES[backend] / 1e3 / seconds
     warn, bad = _LEAST_GB_S[backend]
     fault: Verdict | None = "bad" if rate < bad else "warning" if rate < warn else None
-    wide = 2 if config.train.precision == "bf16" else 4
+    # DeepSpeed adds gradients up in fp32 from stage 1 on, for weights in bf16 too.
+    wide = 2 if config.train.precision == "bf16" and config.train.zero_stage == 0 else 4
     step = parameter_count(config.model) * wide * 2 * (size - 1) / size / 1e9 / rate
     text = f"{rate:.2f} GB/s between {size} workers on {nodes} nodes: a step's gradients take {step:.3f} s"
     return unless(fault, f"all-reduce ({backend})", "", text, _mend(backend))

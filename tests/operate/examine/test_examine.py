@@ -193,6 +193,15 @@ def test_a_slow_link(backend: str, seconds: float, verdict: str) -> None:
     assert "a step's gradients take" in found.found
 
 
+def test_gradients_travel_in_fp32_from_stage_1_on() -> None:
+    def seconds(stage: int, precision: str) -> float:
+        config = build({"train": {"num_workers": 8, "zero_stage": stage, "precision": precision}})
+        return float(traffic.judge(config, "nccl", 8, 1, 1.0).found.split()[-2])
+
+    assert seconds(1, "bf16") == seconds(2, "bf16") == seconds(0, "fp32")
+    assert seconds(0, "bf16") == pytest.approx(seconds(1, "bf16") / 2, rel=0.01)
+
+
 def test_the_json_counts_verdicts() -> None:
     text = to_json([good("a", "", "x"), Finding("b", "n", "bad", "y", "z")], {"run": "r"})
     read = json.loads(text)
