@@ -82,7 +82,7 @@ def test_the_engine_is_one_of_the_ways(tmp_path: Path) -> None:
     bare, engine = json.loads(file.read_text())["rows"]
     assert engine["images_per_s"] > 0
     assert (bare["accumulate"], engine["accumulate"]) == (2, 2)
-    assert engine["what"].startswith("training, engine at ZeRO-2 with EMA, kernels: plain PyTorch")
+    assert engine["what"].startswith("training, engine at ZeRO-2 with EMA, plain PyTorch")
     assert engine["difference"] < 1e-5
     assert engine["classes"]["matrix products"] > 0
 
