@@ -161,7 +161,7 @@ _EXPONENTS = np.geomspace(0.01, 3.0, 60)
 def _fit_power(c: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """(floor, scale, exponent): linear least squares for each exponent of a grid, and of finer ones around the best."""
     found, step = _best_exponent(c, y, _EXPONENTS), _EXPONENTS[1] / _EXPONENTS[0]
-    for _ in range(4):  # to 1e-7 of the exponent: a law over many decades asks for it
+    for _ in range(4):  # to 5e-6 of the exponent: a law over many decades asks for it
         found = _best_exponent(c, y, found[2] * np.geomspace(1 / step, step, 25))
         step **= 1 / 12
     return found
