@@ -19,14 +19,14 @@ from tests.clusters import cluster as start_cluster
 from tests.watching import Prometheus, binary, prometheus
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head and a worker node of two CPUs each, whose agents tell numbers every second."""
     with start_cluster(tmp_path_factory.mktemp("r"), env={"RAY_metrics_report_interval_ms": "1000"}) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def watching(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
     """None where Prometheus is not installed: jobs can be tested without it."""
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def watch(watching: Prometheus | None) -> Prometheus:
     return watching
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config file for a run of a few steps on forty digits, and their images."""
     root = tmp_path_factory.mktemp("job")
@@ -68,7 +68,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def done(
     cluster: Cluster, watching: Prometheus | None, settings: Path
 ) -> dict[str, subprocess.CompletedProcess[str]]:  # fmt: skip
