@@ -31,6 +31,7 @@ class MetricsLog:
         lines = (*unlogged, *_read_lines(storage, METRICS))
         known = {(m["step"], EVALUATED in m): m for m in lines if m["step"] <= start_step}
         self._lines = [json.dumps(known[place]) for place in sorted(known)]
+        self._torn = False
         self._write_lines()
         self._board_folder = (
             Path(storage.path(_TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
@@ -45,11 +46,14 @@ class MetricsLog:
         Those of an evaluation have EVALUATED too, and their step is past.
         """
         self._lines.append(json.dumps(metrics))
-        if self._storage.is_local:
+        if self._storage.is_local and not self._torn:
+            self._torn = True  # until the line is there: on a full disk a part of it may be
             with open(self._storage.path(METRICS), "a", encoding="utf-8") as file:
                 file.write(self._lines[-1] + "\n")
+            self._torn = False
         else:
             self._write_lines()
+            self._torn = False
         for name, value in metrics.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, metrics["step"])

@@ -136,3 +136,17 @@ def test_evaluations_have_lines_of_their_own_and_survive_a_resume(tmp_path: Path
     write(storage, 2, range(3, 5))
     assert steps_of(storage) == [1, 2, 3, 4]
     assert [m["step"] for m in read_evaluated(storage)] == [1, 2]  # the third step's weights are trained anew
+
+
+def test_a_line_that_a_full_disk_cut_is_written_again(tmp_path: Path) -> None:
+    log = MetricsLog(Storage(str(tmp_path)), 0)
+    log.log({"step": 1, "loss": 1.0})
+    file = tmp_path / "metrics.jsonl"
+    file.rename(tmp_path / "before")
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        log.log({"step": 2, "loss": 0.5})
+    log.log({"step": 3, "loss": 0.25})  # there is room again: the file is made anew
+    log.close()
+    assert not file.is_symlink()
+    assert [m["step"] for m in read_metrics(Storage(str(tmp_path)))] == [1, 2, 3]
