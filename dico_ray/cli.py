@@ -83,7 +83,12 @@ _BENCH_KERNELS = (
     Option("--json", str, "", "file for the figures"),
 )
 _BENCH_NETWORK = (
-    Option("--variants", _words, "released,eager,compiled,fused,rival", "ways to run the network; engine is one more"),
+    Option(
+        "--variants",
+        _words,
+        "released,eager,compiled,fused,rival",
+        "ways to run the network; graphed and engine are two more",
+    ),
     *_BENCH_KERNELS,
 )
 _CONVERT = (

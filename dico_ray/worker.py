@@ -35,10 +35,9 @@ def run(task: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from dico_ray.models import compile_blocks, use_kernels
     from dico_ray.training.ema import EMA
-    from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
+    from dico_ray.training.prepare import prepare
     from dico_ray.training.validation import Validation
 
     config = build(task["config"])
@@ -49,11 +48,7 @@ def run(task: dict[str, Any]) -> None:
     took = _Stopwatch()
     model = _model(config)
     took("network")
-    train = config.train
-    kernels = use_kernels(model, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
-    if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
-        compile_blocks(model)
-    engine = Engine(model, config.train, device)
+    engine, path = prepare(model, config, device)
     ema = EMA(engine, config.train.ema_decay, config.train.ema_profiles)
     took("engine")
     start = 0
@@ -69,7 +64,7 @@ def run(task: dict[str, Any]) -> None:
     shard = ray.train.get_dataset_shard("train")
     batches = ingest.rank_batches(shard, config, engine.rank, start)
     with WorkerReport(config, task, engine, ema, start, took) as report:
-        report.tell({"event": "kernels", "text": kernels})
+        report.tell({"event": "kernels", "text": path})
         train_loop(config, engine, ema, batches, report, task["passed_over"], validate)
 
 

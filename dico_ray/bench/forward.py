@@ -17,7 +17,7 @@ def main(
     config: Config, *, verbose: bool, variants: list[str], micro_batches: list[int], seconds: float, json: str
 ) -> None:
     """Prints and stores the rows; arguments and errors as in `bench train`."""
-    ways.check_variants(variants, without=("engine",))
+    ways.check_variants(variants, without=("engine", "graphed"))
     device = ways.device_of(config)
     print(ways.HEADER)
 

@@ -23,7 +23,7 @@ from dico_ray.arithmetic import forward_macs
 from dico_ray.bench.released import PlainDiCo
 from dico_ray.bench.rival import DiT, forward_flops
 from dico_ray.config import Config, ConfigError
-from dico_ray.models import DiCo, compile_blocks, use_kernels
+from dico_ray.models import DiCo, compile_blocks, graph_stages, use_kernels
 from dico_ray.storage import Storage
 from dico_ray.training.meter import peak_flops
 
@@ -33,6 +33,7 @@ VARIANTS = {  # what is measured in training and in the forward pass, in the wor
     "eager": ("training, bare loop, layer by layer", "forward, bf16, layer by layer"),
     "compiled": ("training, bare loop, blocks compiled", "forward, bf16, blocks compiled"),
     "fused": ("training, bare loop, blocks fused", "forward, bf16, blocks fused"),
+    "graphed": ("training, bare loop, blocks fused, CUDA graphs", ""),
     "engine": ("", ""),  # its row tells it: it depends on the settings
     "rival": ("training, bf16, blocks compiled", "forward, bf16, blocks compiled"),
 }  # fmt: skip
@@ -80,8 +81,12 @@ def make_network(variant: str, config: Config, device: torch.device) -> nn.Modul
         rival.to(dtype).compile_blocks()
         return rival
     network = make_dico(config, device).to(dtype)
-    if variant == "fused":
+    if variant in ("fused", "graphed"):
         use_kernels(network, "triton", device, recompute_gelu=config.train.recompute_gelu)
+    if variant == "graphed":
+        if device.type != "cuda":
+            raise ConfigError(f"--variants graphed: CUDA graphs need a GPU, and the network is on {device.type}")
+        graph_stages(network, lend_gradients=True)
     elif variant == "compiled":
         compile_blocks(network)
     return PlainDiCo(network) if variant == "released" else network

@@ -123,24 +123,23 @@ def measure_training(
 def measure_engine(
     config: Config, device: torch.device, batch: int, seconds: float, expected: Tensor
 ) -> dict[str, Any]:
-    """The row "engine": whole optimizer steps, on one worker, at train.zero_stage. Raises as `models.use_kernels`."""
+    """The row "engine": whole optimizer steps, on one worker, at train.zero_stage. Raises as `prepare`."""
     from dico_ray.training.ema import EMA
-    from dico_ray.training.engine import Engine
+    from dico_ray.training.prepare import prepare
 
     accumulate = max(1, config.train.global_batch // batch)
     sizes = {"global_batch": accumulate * batch, "micro_batch": batch, "num_workers": 1}
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
-    network = ways.make_dico(config, device)
-    train = config.train
-    path = use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
+    network, train = ways.make_dico(config, device), config.train
+    use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)
     with _group_of_one(device):
         began = time.perf_counter()
-        engine = Engine(network, config.train, device)
-        ema = EMA(engine, config.train.ema_decay)
+        engine, path = prepare(network, config, device)
+        ema = EMA(engine, train.ema_decay)
 
         def step() -> None:
             for _ in range(accumulate):

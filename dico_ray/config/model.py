@@ -49,8 +49,8 @@ class Model(Section):
     "Channels of a latent."
     latent_size: int = Field(32, ge=4, multiple_of=4)
     "Height and width of a latent (image size over the autoencoder's factor); a multiple of 4."
-    kernels: Literal["auto", "triton", "torch"] = "torch"
-    "Plain PyTorch, or fused kernels in Triton (not measured on a GPU yet). auto: Triton where it runs, not at ZeRO 3."
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    "Fused kernels in Triton, or plain PyTorch. auto: Triton where it runs: on GPUs, not at ZeRO stage 3."
 
     @model_validator(mode="after")
     def _known(self) -> Model:

@@ -55,6 +55,8 @@ class Train(Section):
     "Arithmetic of the network; master weights, optimizer and EMA are fp32 in either."
     compile: bool = True
     "Compile blocks that run by plain PyTorch on GPUs (model.kernels), once for each width (not at ZeRO stage 3)."
+    cuda_graphs: bool = True
+    "Capture the stages' passes as CUDA graphs, so that GPUs do not wait for the host (not at ZeRO stage 3)."
     recompute_gelu: bool = True
     "Fused blocks (model.kernels) make the feed-forward GELU again for their backward pass: less memory, more traffic."
     zero_stage: int = Field(1, ge=0, le=3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_ray.config import ARCHITECTURES
+from dico_ray.models.graphs import StageGraphs
 from dico_ray.models.kernels.choice import choose
 from dico_ray.models.layers import (
     Block,
@@ -112,6 +113,7 @@ class DiCo(nn.Module):
             ValueError: x is not `(B, C, H, W)` with C = in_channels and H and W multiples of 4.
         """
         self._check_latents(x)
+        self._prepare_graphs(x)
         c1, c2, c3 = self._conditions(t, y)
         x = x.to(self.dtype).permute(0, 2, 3, 1).contiguous()
         skip_1 = self.encoder_level_1(self.x_embedder(x), c1)
@@ -122,6 +124,20 @@ class DiCo(nn.Module):
         h = self.reduce_chan_level1(torch.cat([self.up2_1(h), skip_1], dim=-1))
         h = self.decoder_level_1(h, c2)
         return self.final_layer(h, c2).permute(0, 3, 1, 2).contiguous()
+
+    def _stages(self) -> list[Stage]:
+        """In the order in which they run."""
+        return [self.encoder_level_1, self.encoder_level_2, self.latent, self.decoder_level_2, self.decoder_level_1]
+
+    def _prepare_graphs(self, x: Tensor) -> None:
+        """Has the stages captured for these latents `(B, C, H, W)`, if `graph_stages` asked for graphs."""
+        graphs, width = self.encoder_level_1.graphs, self.x_embedder.proj.out_channels
+        if graphs is None:
+            return
+        batch, _, height, side = x.shape
+        sizes = ((1, width), (2, 2 * width), (4, 4 * width), (2, 2 * width), (1, 2 * width))
+        shapes = [(batch, height // by, side // by, channels) for by, channels in sizes]
+        graphs.prepare(shapes, x.device, self.dtype)
 
     def _conditions(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of timestep and label embeddings at the three widths: `(B, D)`, `(B, 2D)`, `(B, 4D)`."""
@@ -190,6 +206,16 @@ def compile_blocks(model: DiCo) -> None:
     for module in model.modules():
         if isinstance(module, Block) and not module.fused:
             module.compile(dynamic=False)
+
+
+def graph_stages(model: DiCo, lend_gradients: bool) -> None:
+    """Has every stage captured as CUDA graphs at the first pass with gradients, and replayed in those that follow.
+
+    lend_gradients: as in `graphs.StageGraphs`. The network's weights are on a GPU by that pass.
+    """
+    graphs = StageGraphs(model._stages(), lend_gradients)
+    for stage in model._stages():
+        stage.graphs = graphs
 
 
 def use_kernels(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dico_ray.models.graphs import StageGraphs
 from dico_ray.models.kernels.plain import gated_residual, layer_norm_modulate
 
 FREQUENCY_FEATURES = 256
@@ -156,12 +157,20 @@ class Block(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Blocks of one width at one resolution, applied in turn."""
+    """Blocks of one width at one resolution, applied in turn.
+
+    graphs: replays captured passes in their place, where it has any that fit.
+    """
+
+    graphs: StageGraphs | None = None
 
     def __init__(self, channels: int, depth: int, ffn_ratio: int) -> None:
         super().__init__(Block(channels, ffn_ratio) for _ in range(depth))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        replayed = self.graphs.run(self, x, condition) if self.graphs else None
+        if replayed is not None:
+            return replayed
         for block in self:
             x = block(x, condition)
         return x

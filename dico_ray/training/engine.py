@@ -103,6 +103,8 @@ class Engine:
         self._deepspeed: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=self._settings(parameters)
         )[0]
+        if self.frees_gradients:
+            _add_without_a_copy(self._deepspeed.optimizer)
         self._adam: Any = optimizer
         self._places = list(self._locate())
         # DeepSpeed takes its masters from weights already rounded to bf16: give them the exact ones.
@@ -126,7 +128,7 @@ class Engine:
             "train_batch_size": self._config.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_clipping": self._config.grad_clip,
-            "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and self._stage == 1 and not self._config.offload},
+            "bf16": {"enabled": bf16, "immediate_grad_update": self.frees_gradients},
             "data_types": {"grad_accum_dtype": "bf16" if bf16 and self._stage == 0 else "fp32"},
             "communication_data_type": "bf16" if bf16 and self._stage == 0 else "fp32",
             "zero_optimization": zero,
@@ -135,6 +137,11 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},
             "steps_per_print": 2**62,
         }
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether a micro-batch's gradients join an fp32 sum, and are let go, as soon as they are there."""
+        return self._config.precision == "bf16" and self._stage == 1 and not self._config.offload
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """The network's forward pass; inputs and outputs are the model's own."""
@@ -330,3 +337,24 @@ class Engine:
 
     def close(self) -> None:
         self._deepspeed.destroy()
+
+
+def _add_without_a_copy(optimizer: Any) -> None:
+    """Has DeepSpeed's BF16_Optimizer add bf16 gradients to their fp32 sums in one pass.
+
+    DeepSpeed 0.19 makes an fp32 copy of each first: 6 ms of a micro-batch of 230, with DiCo-H on an H100.
+    """
+    assert callable(optimizer._update_hp_grad), "DeepSpeed adds gradients elsewhere now"
+
+    @torch.no_grad()
+    def update(low: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        if low.grad is None:
+            return
+        high = optimizer.fp32_groups_gradients[group][index]
+        high.add_(low.grad.view(high.shape))
+        low._hp_grad = high  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            low.grad.zero_()
+
+    optimizer._update_hp_grad = update

@@ -23,8 +23,8 @@ _ROOT = Path(__file__).parents[2]
     ("recipe", "micro_batch"),
     [
         ("dico-s-256", 64), ("dico-s-256", 256),
-        ("dico-b-256", 64), ("dico-b-256", 192),
-        ("dico-xl-256", 32), ("dico-xl-256", 96),
+        ("dico-b-256", 64), ("dico-b-256", 256),
+        ("dico-xl-256", 32), ("dico-xl-256", 64),
     ],
 )  # fmt: skip
 def test_memory_is_foreseen_within_a_tenth(recipe: str, micro_batch: int, kernels: str) -> None:

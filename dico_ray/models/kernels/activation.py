@@ -120,7 +120,7 @@ def gelu_scale_backward(d_out: Tensor, pre: Tensor, scale: Tensor, d_pooled: Ten
 
 def _forward(pre: Tensor, scale: Tensor | None) -> Tensor:
     images, height, width, channels = pre.shape
-    tiles = channel_blocks(images, height * width, channels)
+    tiles = channel_blocks(height * width, channels, block=128, step=8, turns=1, warps=2)
     out = torch.empty_like(pre)
     _gelu_forward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
         pre, scale, out, height * width, channels,
@@ -133,7 +133,10 @@ def _backward(
     d_out: Tensor, pre: Tensor, scale: Tensor | None, pooled: Tensor | None, *, slope: bool, again: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     images, height, width, channels = pre.shape
-    tiles = channel_blocks(images, height * width, channels)
+    if scale is None:
+        tiles = channel_blocks(height * width, channels, block=128, step=8, turns=4, warps=2)
+    else:
+        tiles = channel_blocks(height * width, channels, block=64, step=32, turns=1, warps=4)
     d_pre = torch.empty_like(pre) if slope else None
     out = torch.empty_like(pre) if again else None
     sums = torch.empty(images, tiles.splits, channels, dtype=torch.float32, device=pre.device)

@@ -164,7 +164,7 @@ def _forward(
     stream = torch.empty_like(x) if branch is not None else x
     normed = torch.empty_like(x) if scale is not None else x
     stats = torch.empty(2, images * pixels if scale is not None else 0, dtype=torch.float32, device=x.device)
-    tiles = whole_channels(images, pixels, channels)
+    tiles = whole_channels(images, pixels, channels, sums=False)
     _adaln_forward[(images, tiles.splits)](
         x, branch, gate, shift, scale, stream, normed, stats, pixels, channels, images, _stride(gate, shift, scale),
         NORM_EPS, HAS_BRANCH=branch is not None, HAS_NORM=scale is not None, ROWS=tiles.rows, STEP=tiles.step,
@@ -203,7 +203,7 @@ def _backward(
     d_x = torch.empty_like(x) if norm else None
     normed = torch.empty_like(x) if norm else None
     d_branch = torch.empty_like(x) if gated else None
-    tiles = whole_channels(images, pixels, channels)
+    tiles = whole_channels(images, pixels, channels, sums=True)
     count = 2 * norm + 2 * gated
     sums = torch.empty(images, tiles.splits, count, channels, dtype=torch.float32, device=x.device)
     _adaln_backward[(images, tiles.splits)](

@@ -127,7 +127,7 @@ def _depthwise_backward(
         s20 += x_below * d0
         s21 += x_below * d1
         s22 += x_below * d2
-        x_above = x_here
+        x_above = x_here + 0.0  # a plain copy of a loop's value is taken for its first value by Triton 3.6 to 3.8
         x_here = x_below
         sum_bias += tl.where((row >= first) & (row < last), d1, 0.0)
         done = above + d0 * w00 + d1 * w01 + d2 * w02
@@ -158,7 +158,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     x `(B, H, W, C)` contiguous, weight `(C, 1, 3, 3)`, bias `(C,)`.
     """
     images, height, width, channels = x.shape
-    tiles = image_rows(images, height, width, channels)
+    tiles = image_rows(images, height, width, channels, block=32)
     pre = torch.empty_like(x)
     sums = torch.empty(images, tiles.splits, channels, dtype=torch.float32, device=x.device)
     _depthwise_forward[(images, ceil_div(channels, tiles.channels), tiles.splits)](
@@ -171,7 +171,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 def backward(d_pre: Tensor, x: Tensor, weight: Tensor) -> Gradients:
     """d_pre: gradient of the pre-activation, `(B, H, W, C)` contiguous like x."""
     images, height, width, channels = x.shape
-    tiles = image_rows(images, height, width, channels)
+    tiles = image_rows(images, height, width, channels, block=16)
     d_x = torch.empty_like(x)
     sums = torch.empty(images * tiles.splits, _SUMS, channels, dtype=torch.float32, device=x.device)
     _depthwise_backward[(images, ceil_div(channels, tiles.channels), tiles.splits)](

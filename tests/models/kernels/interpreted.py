@@ -43,16 +43,23 @@ def test_at_any_small_size(name: str, data: st.DataObject) -> None:
 
 
 def test_many_programs_share_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, so that every reduction takes both of its stages."""
-    from dico_ray.models.kernels import tiles
+    """More rows than a program takes, so that every reduction has both of its stages."""
+    from dico_ray.models.kernels import activation, tiles
 
-    monkeypatch.setattr(tiles, "_TILE", 16)
-    monkeypatch.setattr(tiles, "_CHANNELS", 8)
     for case in cases.CASES.values():
-        case(cases.Inputs((1, 9, 2, 11), torch.float32, "cpu"), 2e-5)
-    assert tiles.image_rows(1, 9, 2, 11).splits > 1
-    assert tiles.channel_blocks(1, 18, 11).splits > 1
-    assert tiles.whole_channels(1, 18, 11).splits > 1
+        case(cases.Inputs((1, 17, 9, 11), torch.float32, "cpu"), 2e-5)
+    assert tiles.image_rows(1, 17, 9, 11, 16).splits > 1
+    assert tiles.whole_channels(1, 153, 11, sums=True).splits > 1
+    cuts: list[tiles.Tiles] = []
+
+    def cut(*arguments: int, **named: int) -> tiles.Tiles:
+        cuts.append(tiles.channel_blocks(*arguments, **named))
+        return cuts[-1]
+
+    monkeypatch.setattr(activation, "channel_blocks", cut)
+    for case in cases.CASES.values():
+        case(cases.Inputs((1, 17, 9, 11), torch.float32, "cpu"), 2e-5)
+    assert min(cut.splits for cut in cuts) > 1
 
 
 def test_bfloat16_runs() -> None:

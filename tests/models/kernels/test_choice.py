@@ -51,16 +51,23 @@ def test_zero_stage_3_and_triton_are_refused_by_the_config() -> None:
 
 @pytest.mark.parametrize("images", [1, 3, 64, 256])
 @pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 832), (8, 8, 1664), (64, 64, 416), (5, 9, 7)])
-def test_programs_cover_every_row_and_are_not_too_many(images: int, height: int, width: int, channels: int) -> None:
+def test_programs_cover_every_row_and_sums_are_not_too_many(
+    images: int, height: int, width: int, channels: int
+) -> None:
     pixels = height * width
     cuts = (
-        (tiles.whole_channels(images, pixels, channels), pixels, 1),
-        (tiles.channel_blocks(images, pixels, channels), pixels, None),
-        (tiles.image_rows(images, height, width, channels), height, None),
+        (tiles.whole_channels(images, pixels, channels, sums=True), pixels, 1),
+        (tiles.image_rows(images, height, width, channels, 32), height, None),
+        (tiles.image_rows(images, height, width, channels, 16), height, None),
     )
     for cut, rows, across in cuts:
-        assert cut.rows % cut.step == 0
-        assert (cut.splits - 1) * cut.rows < rows <= cut.splits * cut.rows
-        assert cut.channels & (cut.channels - 1) == 0
+        assert _covers(cut, rows)
         blocks = across or tiles.ceil_div(channels, cut.channels)
         assert cut.splits == 1 or images * blocks * cut.splits <= 2 * tiles._PROGRAMS
+    assert _covers(tiles.whole_channels(images, pixels, channels, sums=False), pixels)
+    assert _covers(tiles.channel_blocks(pixels, channels, block=128, step=8, turns=4, warps=2), pixels)
+
+
+def _covers(cut: tiles.Tiles, rows: int) -> bool:
+    exact = (cut.splits - 1) * cut.rows < rows <= cut.splits * cut.rows
+    return exact and cut.rows % cut.step == 0 and cut.channels & (cut.channels - 1) == 0

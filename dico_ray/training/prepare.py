@@ -1,0 +1,27 @@
+"""A network as training runs it: kernels, compilation and CUDA graphs by the settings, under the engine."""
+
+from __future__ import annotations
+
+import torch
+
+from dico_ray.config import Config
+from dico_ray.models import DiCo, compile_blocks, graph_stages, use_kernels
+from dico_ray.training.engine import Engine
+
+
+def prepare(model: DiCo, config: Config, device: torch.device) -> tuple[Engine, str]:
+    """The engine, which takes the model over, and a line that says which path runs and why.
+
+    model: fp32 weights, the same on every rank. Raises ConfigError where model.kernels cannot run.
+    """
+    train = config.train
+    path = use_kernels(model, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
+    # At stage 3 DeepSpeed gathers a layer's weights in hooks, which neither a compiled block nor a graph would call.
+    whole = device.type == "cuda" and train.zero_stage < 3
+    if whole and train.compile:
+        compile_blocks(model)
+    engine = Engine(model, train, device)
+    if whole and train.cuda_graphs:
+        graph_stages(model, engine.frees_gradients)
+        path += ", CUDA graphs"
+    return engine, path
