@@ -14,6 +14,8 @@ from dico_ray.accelerators import find
 WHOLE = "training, whole path"
 BARE = "training, bare loop, blocks compiled"
 PRODUCTS = "training, the blocks' 1x1 products alone"
+WHOLE_FUSED = "training, whole path, blocks fused, CUDA graphs"
+ENGINE_FUSED = "training, engine at ZeRO-1 with EMA, Triton (fused blocks), CUDA graphs"
 WHOLE_STAGE_3 = "training, whole path, ZeRO-3"
 CHECKPOINT = "checkpoint behind training"
 

@@ -59,13 +59,15 @@ def room(config: Config) -> float:
 
 
 def state_memory(
-    parameters: int, stage: int, world_size: int, precision: str, averages: int = 1, offload: bool = False
-) -> State:
+    parameters: int, stage: int, world_size: int, precision: str, averages: int = 1, offload: bool = False,
+    graphs: bool = False,
+) -> State:  # fmt: skip
     """Bytes per GPU by ZeRO stage (arXiv 1910.02054, section 3): which parts are divided by the world size.
 
     The network's weights take 2 bytes in bf16 and 4 in fp32; gradients accumulate in fp32; the optimizer holds
     fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the averages (EMA and
     profiles) are fp32, and dealt out at every stage. Offloaded, optimizer and averages lie in the host's memory.
+    Graphs: CUDA graphs leave each micro-batch's gradients in tensors that stay, of the network's arithmetic.
     """
     weight = 2 if precision == "bf16" else 4
     master = 0 if stage == 0 and precision == "fp32" else 4
@@ -77,7 +79,7 @@ def state_memory(
     optimizer, ema = share(parameters * (master + 8), stage >= 1), share(parameters * 4 * averages, True)
     return State(
         weights=share(parameters * weight, stage >= 3),
-        gradients=share(parameters * gradient, stage >= 2),
+        gradients=share(parameters * gradient, stage >= 2) + parameters * weight * graphs,
         optimizer=0 if offload else optimizer,
         ema=0 if offload else ema,
         host=optimizer + ema if offload else 0,
@@ -88,7 +90,8 @@ def config_state(config: Config, stage: int, workers: int) -> State:
     """The state of a config's run at another stage, or on other workers, than its own."""
     train = config.train
     count, averages = parameter_count(config.model), 1 + len(train.ema_profiles)
-    return state_memory(count, stage, workers, train.precision, averages, train.offload and stage > 0)
+    graphs = train.cuda_graphs and stage < 3
+    return state_memory(count, stage, workers, train.precision, averages, train.offload and stage > 0, graphs)
 
 
 def image_bytes(config: Config, stage: int, recompute: bool = False) -> int:

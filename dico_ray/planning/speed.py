@@ -19,8 +19,10 @@ from dico_ray.accelerators import Accelerator, find
 from dico_ray.arithmetic import training_flops
 from dico_ray.config import Config, Model
 from dico_ray.measured import Row
-from dico_ray.planning.activations import activation_bytes
+from dico_ray.planning.activations import activation_bytes, path_of
 from dico_ray.planning.memory import gpu_of
+
+_WHOLE = {"fused": measured.WHOLE_FUSED, "compiled": measured.WHOLE, "eager": measured.WHOLE_STAGE_3}
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def why_unknown(config: Config) -> str:
         return f"no speed was measured with train.precision {train.precision}"
     if train.offload:
         return "no speed was measured with train.offload true"
-    if config.model.kernels != "torch" and train.zero_stage < 3:
-        return f"no speed was measured with model.kernels {config.model.kernels}"
-    if not train.compile and train.zero_stage < 3:
+    if path_of(config, train.zero_stage) == "eager" and train.zero_stage < 3:
         return "no speed was measured with train.compile false"
+    if not train.cuda_graphs and path_of(config, train.zero_stage) in ("fused", "fused, GELU kept"):
+        return "no speed was measured with train.cuda_graphs false"
     return ""
 
 
@@ -62,7 +64,7 @@ def micro_batch_time(
     """
     if why_unknown(config):
         return None
-    path = "eager" if config.train.zero_stage == 3 else "compiled"
+    path = path_of(config, config.train.zero_stage).split(",")[0]
     return _ladders(rows or measured.rows(), path).time(config.model, gpu_of(config), micro_batch, workers)
 
 
@@ -73,7 +75,7 @@ def _ladders(rows: tuple[Row, ...], path: str) -> Ladders:
 
 @dataclass(frozen=True)
 class Ladders:
-    """Measured rows, and what they tell together of networks whose blocks run by `path`: compiled or eager."""
+    """Measured rows, and what they tell together of networks whose blocks run by `path`: fused, compiled or eager."""
 
     rows: tuple[Row, ...]
     path: str
@@ -82,7 +84,7 @@ class Ladders:
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
-        if row.what == measured.WHOLE and row.gpus == 1 and _same(row, model, gpu):
+        if row.what == self._whole and row.gpus == 1 and _same(row, model, gpu):
             between = self._bracket(row, micro_batch)
             if row.micro_batch == micro_batch:
                 basis = "measured"
@@ -99,8 +101,17 @@ class Ladders:
     @cached_property
     def training(self) -> list[Row]:
         """The rows that forecasts rest on. Eager blocks are ZeRO stage 3's; several GPUs' rows hold collectives too."""
-        kinds = (measured.WHOLE, measured.BARE) if self.path == "compiled" else (measured.WHOLE_STAGE_3,)
-        return [row for row in self.rows if row.what in kinds]
+        return [row for row in self.rows if row.what in (self._whole, *([] if self.path == "eager" else [self._bare]))]
+
+    @property
+    def _whole(self) -> str:
+        """Rows of the whole path: Ray, the stream, DeepSpeed."""
+        return _WHOLE[self.path]
+
+    @property
+    def _bare(self) -> str:
+        """Rows of training without data, from which traffic follows; for eager blocks those of compiled ones."""
+        return measured.ENGINE_FUSED if self.path == "fused" else measured.BARE
 
     @cached_property
     def products_share(self) -> float:
@@ -113,9 +124,9 @@ class Ladders:
     def traffic(self) -> float:
         """Bytes through memory for each that autograd keeps: what of the bare loop's time products do not explain."""
         found = []
-        for row in (row for row in self.rows if row.what == measured.BARE):
+        for row in (row for row in self.rows if row.what == self._bare):
             products = training_flops(_network(row)) / (self.products_share * _gpu(row).peak_flops)
-            kept = activation_bytes(_network(row), "compiled", 2)
+            kept = activation_bytes(_network(row), "fused" if self.path == "fused" else "compiled", 2)
             found.append((_plain_seconds(row) / _micro(row) - products) * _gpu(row).bandwidth / kept)
         return fmean(found)
 
@@ -123,8 +134,8 @@ class Ladders:
     def toll(self) -> float:
         """Time of the whole path over the bare loop's, from pairs of rows that differ in nothing else; 1 without."""
         of_one = [row for row in self.rows if row.gpus == 1]
-        whole = {(row.model, row.gpu, row.micro_batch): row for row in of_one if row.what == measured.WHOLE}
-        bare = {(row.model, row.gpu, row.micro_batch): row for row in of_one if row.what == measured.BARE}
+        whole = {(row.model, row.gpu, row.micro_batch): row for row in of_one if row.what == self._whole}
+        bare = {(row.model, row.gpu, row.micro_batch): row for row in of_one if row.what == self._bare}
         pairs = [_plain_seconds(whole[key]) / _plain_seconds(bare[key]) for key in whole.keys() & bare.keys()]
         return fmean(pairs) if pairs else 1.0
 
@@ -156,7 +167,7 @@ class Ladders:
 
     def _seconds(self, row: Row) -> float:
         """Of the row's micro-batch through the whole path."""
-        return _plain_seconds(row) * (self.toll if row.what == measured.BARE else 1)
+        return _plain_seconds(row) * (self.toll if row.what == self._bare else 1)
 
     def _work(self, model: Model, gpu: Accelerator) -> float:
         """Seconds of an image, before any row has its say: products, and bytes through memory."""
@@ -174,7 +185,7 @@ class Ladders:
         other = _network(row)
         apart = abs(math.log(self._work(model, gpu) / self._work(other, gpu)))
         return (
-            row.gpus, other.architecture != model.architecture, _gpu(row) != gpu, row.what == measured.BARE,
+            row.gpus, other.architecture != model.architecture, _gpu(row) != gpu, row.what == self._bare,
             apart, abs(math.log(micro_batch / _micro(row))),
         )  # fmt: skip
 

@@ -29,14 +29,14 @@ def test_main_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[0] for row in table] == ["0", "1", "2", "3"]
     assert [len(row) for row in table] == [11, 11, 13, 11]  # stage 2 is marked
     for row in table:
-        memory = state_memory(1_037_408_328, int(row[0]), 64, "bf16")
+        memory = state_memory(1_037_408_328, int(row[0]), 64, "bf16", graphs=row[0] != "3")
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.ema, memory.total)
         assert row[1:6] == [f"{part / 1e9:.2f}" for part in parts]
     assert "18,432 bytes a sample, 23.6 GB" in said
     assert "16.60 GB" in said
     assert "64        4 x 4" in said
     assert "<- this run" in said
-    assert "extrapolated from DiCo-H, training, whole path, H100, micro-batch 64: 225 images/s" in said
+    assert "whole path, blocks fused, CUDA graphs, H100, micro-batch 64: 268.3 images/s" in said
 
 
 def test_without_micro_batch_there_is_no_accumulation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,14 +62,14 @@ def test_json_has_the_figures_and_the_picture_is_drawn(tmp_path: Path, capsys: p
     assert told["fit"]["micro_batch"] == 16
     assert [row["stage"] for row in told["stages"]] == [0, 1, 2, 3]
     assert told["ladder"][-1]["workers"] == 1024
-    assert told["step"]["row"]["images_per_s"] == 225
+    assert told["step"]["row"]["images_per_s"] == 268.3
     assert f"{told['step']['images_per_s']:,.0f} images/s" in capsys.readouterr().out
     assert picture.read_text().startswith("<?xml")
 
 
 def test_what_does_not_fit_is_told_after_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli(["plan", "--recipe", "dico-h-256", "--train.num_workers", "8"])
+        cli(["plan", "--recipe", "dico-h-256", "--train.num_workers", "8", "--model.kernels", "torch"])
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert "more GPUs help up to" in said.out

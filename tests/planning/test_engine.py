@@ -42,7 +42,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def config_of(case: dict[str, Any]) -> Config:
-    return build({"model": MODEL, "train": {"num_workers": WORKERS, "global_batch": 12, **case}})
+    return build({"model": MODEL, "train": {"num_workers": WORKERS, "global_batch": 12, "cuda_graphs": False, **case}})
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

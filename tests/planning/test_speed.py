@@ -15,8 +15,8 @@ from dico_ray.planning.speed import Time, micro_batch_time, why_unknown
 from dico_ray.recipes import resolve
 
 
-def planned(recipe: str, gpu: str = "H100", **train: Any) -> Config:
-    return resolve(recipe, None, {"train": train, "hardware": {"gpu": gpu}})
+def planned(recipe: str, gpu: str = "H100", kernels: str = "torch", **train: Any) -> Config:
+    return resolve(recipe, None, {"train": train, "hardware": {"gpu": gpu}, "model": {"kernels": kernels}})
 
 
 def timed(config: Config, micro_batch: int) -> Time:
@@ -25,10 +25,11 @@ def timed(config: Config, micro_batch: int) -> Time:
     return time
 
 
-def test_a_measured_row_is_its_own_forecast() -> None:
-    row = next(row for row in measured.rows() if row.what == measured.WHOLE and row.gpus == 1)
+@pytest.mark.parametrize(("kernels", "what"), [("torch", measured.WHOLE), ("auto", measured.WHOLE_FUSED)])
+def test_a_measured_row_is_its_own_forecast(kernels: str, what: str) -> None:
+    row = next(row for row in measured.rows() if row.what == what and row.gpus == 1)
     assert row.micro_batch
-    time = timed(planned("dico-h-256"), row.micro_batch)
+    time = timed(planned("dico-h-256", kernels=kernels), row.micro_batch)
     assert time.basis == "measured"
     assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s)
     assert time.least_s == time.most_s == time.seconds
@@ -73,6 +74,24 @@ def test_each_measured_network_is_foreseen_from_the_other_within_a_fifth(recipe:
         assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s * toll, rel=0.2)
 
 
+@pytest.mark.parametrize("model", ["DiCo-H", "DiCo-XL", "DiCo-L", "DiCo-B"])
+def test_fused_networks_are_foreseen_from_the_others_within_a_quarter(model: str) -> None:
+    """From the rows of networks that are not it: those of DiCo-S, an image of which takes 0.2 ms, mostly launches, too.
+
+    DiCo-S itself is too far from the others: a seventh of their arithmetic.
+    """
+    rest = tuple(row for row in measured.rows() if row.model != model or row.what == measured.PRODUCTS)
+    rows = [row for row in measured.rows() if row.what == measured.ENGINE_FUSED and row.model == model]
+    assert rows
+    for row in rows:
+        assert row.micro_batch
+        assert row.images_per_s
+        time = micro_batch_time(planned(f"{model.lower()}-256", kernels="auto"), row.micro_batch, rest)
+        assert time
+        assert time.basis == "extrapolated"
+        assert row.micro_batch / time.seconds == pytest.approx(row.images_per_s, rel=0.25)
+
+
 def test_between_two_measured_micro_batches_time_is_interpolated() -> None:
     """With the bare loop's two rows given as the whole path's."""
     bare = [row for row in measured.rows() if row.what == measured.BARE and row.model == "DiCo-H"]
@@ -90,10 +109,11 @@ def test_between_two_measured_micro_batches_time_is_interpolated() -> None:
 @given(
     recipe=st.sampled_from(["dico-s-256", "dico-b-256", "dico-l-256", "dico-xl-256", "dico-h-256", "dico-xl-512"]),
     gpu=st.sampled_from(["H100", "H200", "A100", "L4"]),
+    kernels=st.sampled_from(["auto", "torch"]),
     micro_batch=st.integers(1, 200),
 )
-def test_more_images_take_longer_and_each_of_them_less(recipe: str, gpu: str, micro_batch: int) -> None:
-    config = planned(recipe, gpu)
+def test_more_images_take_longer_and_each_of_them_less(recipe: str, gpu: str, kernels: str, micro_batch: int) -> None:
+    config = planned(recipe, gpu, kernels)
     one, two = timed(config, micro_batch), timed(config, micro_batch + 1)
     assert one.seconds < two.seconds
     assert two.seconds / (micro_batch + 1) < one.seconds / micro_batch
@@ -103,8 +123,10 @@ def test_more_images_take_longer_and_each_of_them_less(recipe: str, gpu: str, mi
 
 
 def test_slower_gpus_take_longer() -> None:
-    times = [timed(planned("dico-h-256", gpu), 16).seconds for gpu in ("B200", "H200", "H100", "A100", "L4")]
-    assert times == sorted(times)
+    for kernels in ("auto", "torch"):
+        gpus = ("B200", "H200", "H100", "A100", "L4")
+        times = [timed(planned("dico-h-256", gpu, kernels), 16).seconds for gpu in gpus]
+        assert times == sorted(times)
 
 
 def test_at_stage_3_the_one_row_gives_a_range() -> None:
@@ -125,15 +147,10 @@ def test_at_stage_3_the_one_row_gives_a_range() -> None:
         ({"precision": "fp32"}, "train.precision fp32"),
         ({"offload": True}, "train.offload true"),
         ({"compile": False}, "train.compile false"),
+        ({"cuda_graphs": False, "kernels": "auto"}, "train.cuda_graphs false"),
     ],
 )
 def test_what_was_never_measured_is_not_forecast(train: dict[str, Any], says: str) -> None:
     config = planned("dico-h-256", **train)
     assert micro_batch_time(config, 16) is None
     assert says in why_unknown(config)
-
-
-def test_kernels_of_our_own_are_not_forecast_before_they_are_measured() -> None:
-    config = resolve("dico-h-256", None, {"model": {"kernels": "triton"}})
-    assert micro_batch_time(config, 16) is None
-    assert why_unknown(config) == "no speed was measured with model.kernels triton"
