@@ -36,6 +36,7 @@ def run(task: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from dico_ray.models import compile_blocks, use_kernels
+    from dico_ray.models.mup import learning_rates
     from dico_ray.training.ema import EMA
     from dico_ray.training.engine import Engine
     from dico_ray.training.loop import train_loop
@@ -53,7 +54,8 @@ def run(task: dict[str, Any]) -> None:
     kernels = use_kernels(model, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     if device.type == "cuda" and config.train.compile and config.train.zero_stage < 3:
         compile_blocks(model)
-    engine = Engine(model, config.train, device)
+    rates = learning_rates(model, train.mup_width) if train.mup_width else None
+    engine = Engine(model, train, device, rates)
     ema = EMA(engine, config.train.ema_decay, config.train.ema_profiles)
     took("engine")
     start = 0
@@ -99,14 +101,18 @@ def _model(config: Config) -> Any:
     import torch
 
     from dico_ray.models import create_model
+    from dico_ray.models.mup import initialize
 
     torch.manual_seed(config.run.seed)
     sizes = config.model.architecture
-    return create_model(
+    model = create_model(
         config.model.name, hidden_size=sizes.hidden_size, depths=sizes.depths, ffn_ratio=sizes.ffn_ratio,
         num_classes=config.model.num_classes, in_channels=config.model.in_channels,
         class_dropout_prob=0.0,  # the loop drops labels, by seed
     )  # fmt: skip
+    if config.train.mup_width:
+        initialize(model, config.train.mup_width)
+    return model
 
 
 class WorkerReport:
