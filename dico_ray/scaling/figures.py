@@ -45,7 +45,8 @@ def loss_by_rate(axes: Any, found: Found, verified: Result | None = None) -> Non
     values = [r.value for s in found.scales for r in s.results if np.isfinite(r.value)]
     low, high = min(values), max(min(values) * _TALLEST, max(s.best.value for s in found.scales) * 1.05)
     above = [r for s in found.scales for r in s.results if not r.value < high]
-    axes.plot([r.trial.lr for r in above], [high] * len(above), "^", color="#7d8794", ms=7, clip_on=False)
+    if above:  # without points, what is not clipped would take room far outside
+        axes.plot([r.trial.lr for r in above], [high] * len(above), "^", color="#7d8794", ms=7, clip_on=False)
     axes.set_ylim(low - 0.06 * (high - low), min(high, max(values) * 1.02) if not above else high)
     title = f"loss by learning rate{found.kind and ', '}{found.kind}"
     axes.set(xscale="log", xlabel="learning rate", ylabel=found.metric, title=title)
@@ -100,13 +101,8 @@ def loss_by_compute(axes: Any, found: Found, verified: Result | None = None) -> 
     if len(loss):
         top = np.quantile(np.concatenate([loss, [s.best.value for s in found.scales]]), 1.0)
         axes.set_ylim(loss.min() * 0.85, top * 1.15)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="training FLOPs",
-        ylabel=found.metric,
-        title=f"loss by compute{found.kind and ', '}{found.kind}",
-    )
+    title = f"loss by compute{found.kind and ', '}{found.kind}"
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=found.metric, title=title)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -129,7 +125,7 @@ def svg(panel: Callable[..., None], found: Found, verified: Result | None) -> st
 def png(found: Found, verified: Result | None) -> bytes:
     """All panels side by side."""
     shown = _shown(PANELS, found, verified)
-    figure = _figure((4.5 * len(shown), 4))
+    figure = _figure((13.5, 4) if len(shown) == len(PANELS) else (4 * len(shown), 4))
     _draw_all(figure, shown)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
