@@ -118,15 +118,17 @@ class _Runner:
 
     def sweep(self, first: dict[str, list[Trial]]) -> tuple[Found, Result | None]:
         """first: each scale's trials to begin with. Returns what was found, and the winner as it was trained."""
-        known = {scale: self._searched(scale) for scale in first} if self._searches else self._halved(first)
+        if self._searches:
+            known = [self._searched(scale) for scale in first]
+        else:
+            known = self._halved([kind for some in first.values() for kind in trials.by_kind(self.config, some)])
         for _ in range(self.config.sweep.widen):
-            more = [t for scale in known if (t := self._beyond(known[scale]))]
-            if not more:
+            more = [self._beyond(some) for some in known]
+            if not any(more):
                 break
-            self._run([(trial, trial.config.train.steps) for trial in more])
-            for trial in more:
-                known[trial.scale] = [*known[trial.scale], trial]
-        found = summary.found(self.config, self.metric, [self._scale(some) for some in known.values()])
+            self._run([(trial, trial.config.train.steps) for trial in more if trial])
+            known = [[*some, trial] if trial else some for some, trial in zip(known, more, strict=True)]
+        found = summary.found(self.config, self.metric, [self._scale(some) for some in known])
         self._tell_edges(found)
         return found, self._verified(found) if self.config.sweep.verify else None
 
@@ -149,17 +151,18 @@ class _Runner:
             )
         return count
 
-    def _halved(self, first: dict[str, list[Trial]]) -> dict[str, list[Trial]]:
-        """Stage by stage; after each, the worse part of every scale's trials is left where it is."""
-        alive = dict(first)
+    def _halved(self, first: list[list[Trial]]) -> list[list[Trial]]:
+        """Stage by stage; after each, the worse part of each list of trials (a scale's) is left where it is."""
+        alive = list(first)
         for rung in range(self.config.sweep.rungs):
-            self._run([(t, trials.rung_steps(t.config)[rung]) for some in alive.values() for t in some])
+            self._run([(t, trials.rung_steps(t.config)[rung]) for some in alive for t in some])
             if rung + 1 < self.config.sweep.rungs:
-                for scale, some in ((scale, some) for scale, some in alive.items() if some):
+                for i, some in ((i, some) for i, some in enumerate(alive) if some):
                     steps = trials.rung_steps(some[0].config)[rung]
                     values = {t.key: outcome(t, steps, self.metric, self.config.sweep.tail).value for t in some}
-                    alive[scale] = trials.survivors(some, values, self.config.sweep.eta)
-                    print(f"sweep: {scale}: {len(alive[scale])} of {len(some)} trials go on from step {steps}")
+                    alive[i] = trials.survivors(some, values, self.config.sweep.eta)
+                    title = trials.title(self.config, some[0])
+                    print(f"sweep: {title}: {len(alive[i])} of {len(some)} trials go on from step {steps}")
         return first
 
     def _scale(self, some: list[Trial]) -> ScaleFound:
@@ -167,7 +170,7 @@ class _Runner:
         tail = self.config.sweep.tail
         results = [outcome(trial, None, self.metric, tail) for trial in some]
         if not any(r.complete and np.isfinite(r.value) for r in results):
-            raise SweepFailedError(f"all trials of {some[0].scale} diverged; lower sweep.lr")
+            raise SweepFailedError(f"all trials of {trials.title(self.config, some[0])} diverged; lower sweep.lr")
         return summary.scale_found(results, self.config.run.seed)
 
     def _beyond(self, some: list[Trial]) -> Trial | None:
@@ -178,18 +181,17 @@ class _Runner:
         if trial:
             best = min((r for r in results if r.complete), key=lambda r: r.value)
             end = "largest" if trial.lr > best.trial.lr else "smallest"
-            print(
-                f"sweep: {trial.scale}: its best learning rate {best.trial.lr:g} is the {end} tried; "
-                f"trying {trial.lr:g}"
-            )
+            title = trials.title(self.config, trial)
+            print(f"sweep: {title}: its best learning rate {best.trial.lr:g} is the {end} tried; trying {trial.lr:g}")
         return trial
 
     def _tell_edges(self, found: Found) -> None:
-        for scale in found.scales:
+        for scale in (scale for kind in found.every for scale in kind.scales):
             rates = [r.trial.lr for r in scale.results]
             if scale.best.trial.lr in (min(rates), max(rates)):
+                title = trials.title(self.config, scale.best.trial)
                 print(
-                    f"sweep: {scale.scale}: the best learning rate {scale.best.trial.lr:g} is still at an end of what "
+                    f"sweep: {title}: the best learning rate {scale.best.trial.lr:g} is still at an end of what "
                     f"was tried, after sweep.widen = {self.config.sweep.widen} steps beyond it; move sweep.lr"
                 )
 

@@ -34,6 +34,7 @@ from dico_ray.worker import CHECKPOINTS
 
 CONFIG, PASSED_OVER = "config.yaml", "passed_over.json"
 _POLL_S = 0.5
+_STANDARD = {"train.parametrization": "standard", "train.base_width": None}  # of runs from before there was a choice
 
 
 class TrainingFailedError(UserError):
@@ -121,7 +122,7 @@ def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:
             f"run.name: {last.storage.url} is imported: it has no optimizer state to continue from; "
             "take another run.name to train"
         )
-    before, now = last.about["identity"], identity(config, manifest)
+    before, now = _STANDARD | last.about["identity"], identity(config, manifest)
     for name, value in now.items():
         if before[name] != value:
             raise ConfigError(
@@ -139,6 +140,8 @@ def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
         "train.global_batch": config.train.global_batch,
         "train.flip": config.train.flip,
         "train.label_drop": config.train.label_drop,
+        "train.parametrization": config.train.parametrization,
+        "train.base_width": config.train.mup_width,
         "data.window_samples": config.data.window_samples,
         "data.latents (hash)": manifest.hash,
     }

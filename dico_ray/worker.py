@@ -94,14 +94,18 @@ def _model(config: Config) -> Any:
     import torch
 
     from dico_ray.models import create_model
+    from dico_ray.models.mup import initialize
 
     torch.manual_seed(config.run.seed)
     sizes = config.model.architecture
-    return create_model(
+    model = create_model(
         config.model.name, hidden_size=sizes.hidden_size, depths=sizes.depths, ffn_ratio=sizes.ffn_ratio,
         num_classes=config.model.num_classes, in_channels=config.model.in_channels,
         class_dropout_prob=0.0,  # the loop drops labels, by seed
     )  # fmt: skip
+    if config.train.mup_width:
+        initialize(model, config.train.mup_width)
+    return model
 
 
 class WorkerReport:

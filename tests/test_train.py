@@ -132,6 +132,13 @@ def test_a_finished_run_is_not_done_again(straight: Config, capsys: pytest.Captu
     assert Storage(straight.run.folder).read("metrics.jsonl") == before
 
 
+def test_learning_rates_by_width_cannot_begin_within_a_run(straight: Config) -> None:
+    mup = {"parametrization": "mup", "base_width": 4}
+    changed = build({**straight.model_dump(), "train": {**straight.train.model_dump(), **mup}})
+    with pytest.raises(ConfigError, match=r"train\.parametrization: 'mup', but the run one was begun with 'standard'"):
+        train.main(changed)
+
+
 def test_settings_that_define_the_draws_cannot_change_within_a_run(straight: Config) -> None:
     changed = build({**straight.model_dump(), "run": {**straight.run.model_dump(), "seed": 5}})
     with pytest.raises(ConfigError, match=r"run\.seed: 5, but the run one was begun with 0"):

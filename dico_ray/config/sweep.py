@@ -32,6 +32,8 @@ class Sweep(Section):
     "Learning rates of each scale: spaced evenly in the logarithm (grid), drawn (random), or searched (optuna)."
     space: dict[str, Any] = Field({})
     "Other settings to vary, as {train.weight_decay: [0, 0.1]}; also {low: 0, high: 0.1, log: false} if not a grid."
+    compare: str = ""
+    "One of space's settings: each of its values is swept for itself, with optima and a law of its own in the report."
     search: Literal["grid", "random", "optuna"] = "grid"
     "How points are chosen; optuna needs the extra `sweep`."
     budget: Literal["images", "flops"] = "images"
@@ -77,4 +79,18 @@ class Sweep(Section):
                 f"sweep.rungs: {self.rungs} cannot go with sweep.search optuna, which learns from finished trials; "
                 "take rungs 1, or search grid or random"
             )
+        self._comparison()
         return self
+
+    def _comparison(self) -> None:
+        values = self.space.get(self.compare)
+        if self.compare and (not isinstance(values, list) or len(values) < 2):
+            raise ValueError(
+                f"sweep.compare: {self.compare} needs two values or more in sweep.space, such as "
+                f"{{{self.compare}: [...]}}"
+            )
+        if self.compare and self.search == "optuna":
+            raise ValueError(
+                f"sweep.compare: {self.compare} cannot go with sweep.search optuna, which would choose among its "
+                "values; take grid or random"
+            )

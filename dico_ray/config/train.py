@@ -39,6 +39,10 @@ class Train(Section):
     "AdamW's decay of first and second moments."
     weight_decay: float = Field(0.0, ge=0)
     "AdamW's decoupled weight decay."
+    parametrization: Literal["standard", "mup"] = "standard"
+    "mup: initial weights and learning rates by which the best train.lr moves less with the width (arXiv 2203.03466)."
+    base_width: int | None = Field(None, ge=4)
+    "With mup: the model.hidden_size that train.lr is meant for (the tuned one), where mup and standard are the same."
     grad_clip: float = Field(0.0, ge=0)
     "Gradients with a larger norm are scaled down to it; 0 leaves them alone."
     label_drop: Probability = 0.1
@@ -103,6 +107,11 @@ class Train(Section):
         low, high = self.worker_range
         return [size for size in range(high, low - 1, -1) if self.global_batch % size == 0]
 
+    @property
+    def mup_width(self) -> int | None:
+        """The base width of muP; None without muP."""
+        return self.base_width if self.parametrization == "mup" else None
+
     def micro_batch_on(self, world_size: int) -> int:
         """Samples of one forward pass when so many workers train: the most that divide a worker's share."""
         share = self.global_batch // world_size
@@ -116,4 +125,13 @@ class Train(Section):
                 raise ValueError(f"train.ema_profiles: {width}: give a width once, with three decimals at most")
         if self.ema_snapshot_every and not self.ema_profiles:
             raise ValueError(f"train.ema_snapshot_every: {self.ema_snapshot_every} needs train.ema_profiles: set both")
+        return self
+
+    @model_validator(mode="after")
+    def _mup_has_a_base(self) -> Train:
+        if self.parametrization == "mup" and self.base_width is None:
+            raise ValueError(
+                "train.base_width: unset, but train.parametrization mup reads train.lr at a base width; "
+                "set it to the model.hidden_size whose learning rate is known"
+            )
         return self

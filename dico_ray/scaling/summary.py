@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from dico_ray.arithmetic import parameter_count, training_flops
 from dico_ray.config import Config
 from dico_ray.scaling.fits import Line, Optimum, PowerLaw, frontier, learning_rate_line, optimum, power_law
 from dico_ray.scaling.scales import scaled
-from dico_ray.scaling.trials import Trial
+from dico_ray.scaling.trials import Trial, kind_of
 
 _FIRST = 0.05  # of a run: what comes before is warm-up, and no point of the frontier
 
@@ -89,7 +89,10 @@ def scale_found(results: list[Result], seed: int = 0) -> ScaleFound:
 
 @dataclass(frozen=True)
 class Found:
-    """The whole sweep. frontier: compute and loss of its points; law, line: None if there is too little to fit."""
+    """The whole sweep. frontier: compute and loss of its points; law, line: None if there is too little to fit.
+
+    With sweep.compare: what was found with the winner's value, `kind`; kinds: the same for each value.
+    """
 
     config: Config
     metric: str
@@ -97,6 +100,19 @@ class Found:
     frontier: tuple[np.ndarray, np.ndarray]
     law: PowerLaw | None
     line: Line | None
+    kind: str = ""
+    kinds: tuple[Found, ...] = ()
+
+    @property
+    def every(self) -> tuple[Found, ...]:
+        """What was found with each value of sweep.compare; itself alone without."""
+        return self.kinds or (self,)
+
+    @property
+    def octaves(self) -> float:
+        """How far the scales' best learning rates lie apart: the logarithm to base 2 of the largest over the least."""
+        rates = [s.expected[0] for s in self.scales]
+        return math.log2(max(rates) / min(rates))
 
     @property
     def winner(self) -> ScaleFound:
@@ -104,10 +120,19 @@ class Found:
 
 
 def found(config: Config, metric: str, scales: list[ScaleFound]) -> Found:
-    """scales: each one's results. Sorted by parameters."""
+    """scales: each one's results, with sweep.compare each value's for itself. Sorted by parameters."""
+    kinds: dict[str, list[ScaleFound]] = {}
+    for scale in scales:
+        kinds.setdefault(kind_of(config, scale.best.trial), []).append(scale)
+    each = [_found(config, metric, kind, some) for kind, some in kinds.items()]
+    best = min(each, key=lambda f: f.winner.expected[1])
+    return replace(best, kinds=tuple(each)) if config.sweep.compare else best
+
+
+def _found(config: Config, metric: str, kind: str, scales: list[ScaleFound]) -> Found:
     scales = sorted(scales, key=lambda s: parameter_count(s.config.model))
     points = _points(config, scales)
-    return Found(config, metric, scales, points, power_law(*points, config.run.seed), _line(scales))
+    return Found(config, metric, scales, points, power_law(*points, config.run.seed), _line(scales), kind)
 
 
 def _line(scales: list[ScaleFound]) -> Line | None:
@@ -170,7 +195,8 @@ def as_json(found_: Found, verified: Result | None) -> dict[str, Any]:
     return {
         "metric": found_.metric, "budget": config.sweep.budget, "seed": config.run.seed,
         "winner": {"scale": found_.winner.scale, "lr": rate, "loss_expected": loss,
-                   "fitted": found_.winner.trusted is not None},
+                   "fitted": found_.winner.trusted is not None, "kind": found_.kind},
+        "compare": config.sweep.compare,
         "verified": None if verified is None else {
             "trial": verified.trial.key, "lr": verified.trial.lr, "loss": _finite(verified.value),
             "error": _finite(loss / verified.value - 1),
@@ -182,7 +208,13 @@ def as_json(found_: Found, verified: Result | None) -> dict[str, Any]:
             "floor": law.floor, "scale": law.scale, "exponent": law.exponent, "unit_flops": law.unit,
         },
         "frontier": [{"flops": float(c), "loss": float(v)} for c, v in zip(*found_.frontier, strict=True)],
+        "lr_octaves": found_.octaves,
         "scales": [_scale_json(s) for s in found_.scales],
+        "kinds": [
+            {"kind": f.kind, "lr_octaves": f.octaves, "scales": [_scale_json(s) for s in f.scales],
+             "lr_line": None if f.line is None else {"offset": f.line.offset, "slope": f.line.slope}}
+            for f in found_.every
+        ],
     }  # fmt: skip
 
 
@@ -208,14 +240,18 @@ def _finite(value: float) -> float | None:
 
 
 def table(found_: Found) -> list[str]:
-    """Lines for the terminal: a row a scale, then the winner."""
-    lines = [f"{'scale':10} {'parameters':>13} {'steps':>8} {'trials':>6}  {'best tried':>10} {'loss':>9}  "
+    """Lines for the terminal: a row a scale (and value of sweep.compare), then the winner."""
+    rows = [(f"{s.scale} {kind.kind}".strip(), s) for kind in found_.every for s in kind.scales]
+    width = max(10, *(len(title) for title, _ in rows))
+    lines = [f"{'scale':{width}} {'parameters':>13} {'steps':>8} {'trials':>6}  {'best tried':>10} {'loss':>9}  "
              f"{'optimum':>10} {'loss':>9}"]  # fmt: skip
-    for s in found_.scales:
+    for title, s in rows:
         fit = f"{s.optimum.lr:10.3g} {s.optimum.loss:9.4f}" if s.optimum else f"{'none':>10} {'':9}"
         lines.append(
-            f"{s.scale:10} {parameter_count(s.config.model):13,} {s.config.train.steps:8} {len(s.results):6}  "
+            f"{title:{width}} {parameter_count(s.config.model):13,} {s.config.train.steps:8} {len(s.results):6}  "
             f"{s.best.trial.lr:10.3g} {s.best.value:9.4f}  {fit}{'' if s.trusted or not s.optimum else '  outside'}"
         )
+    lines += [f"{k.kind}: the scales' best learning rates lie {k.octaves:.2f} octaves apart" for k in found_.kinds]
     rate, loss = found_.winner.expected
-    return [*lines, f"winner: {found_.winner.scale} at learning rate {rate:.3g}, expected {found_.metric} {loss:.4f}"]
+    title = f"{found_.winner.scale} {found_.kind}".strip()
+    return [*lines, f"winner: {title} at learning rate {rate:.3g}, expected {found_.metric} {loss:.4f}"]

@@ -20,6 +20,7 @@ _DECIDED = ("run.", "storage.", "resources.", "sweep.", "encode.", "sample.", "e
 # What makes two runs different. Their length, workers, memory, logging are not among it: a trial keeps its run.
 _TRAIN = ("global_batch", "lr", "warmup_steps", "betas", "weight_decay", "grad_clip", "label_drop", "flip",
           "ema_decay", "precision")  # fmt: skip
+_MUP = ("parametrization", "base_width")  # where it is used: without it, names stay those of before there was a choice
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def make(config: Config, scale: str, settings: dict[str, Any]) -> Trial:
 
 def _digest(config: Config) -> str:
     dumped = config.model_dump(mode="json")
-    train = {name: dumped["train"][name] for name in _TRAIN}
+    train = {name: dumped["train"][name] for name in (*_TRAIN, *(_MUP if config.train.mup_width else ()))}
     whole = [train, dumped["model"], dumped["data"]["latents"], dumped["data"]["window_samples"], dumped["run"]["seed"]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -65,7 +66,9 @@ def _told_by_name(path: str) -> bool:
     """Whether trials that differ in this setting have different names, and so folders of their own."""
     section, _, name = path.partition(".")
     return (
-        section == "model" or path in ("data.latents", "data.window_samples") or (section == "train" and name in _TRAIN)
+        section == "model"
+        or path in ("data.latents", "data.window_samples")
+        or (section == "train" and name in (*_TRAIN, *_MUP))
     )
 
 
@@ -119,12 +122,33 @@ def planned(config: Config, scale: str) -> list[Trial]:
     if config.sweep.search == "grid":
         rates = [rounded(rate) for rate in np.geomspace(low, high, config.sweep.points)]
         return [make(config, scale, {"train.lr": rate, **more}) for more in _combinations(config) for rate in rates]
-    rng = np.random.default_rng([config.run.seed, *scale.encode()])
     found = []
-    for _ in range(config.sweep.points):
-        more = {path: _draw(rng, values) for path, values in config.sweep.space.items()}
-        found.append(make(config, scale, {"train.lr": rounded(_between(rng, low, high, True)), **more}))
+    for kind in config.sweep.space.get(config.sweep.compare, [None]):
+        rng = np.random.default_rng([config.run.seed, *scale.encode()])  # the same draws for all that are compared
+        for _ in range(config.sweep.points):
+            more = {path: _draw(rng, values) for path, values in config.sweep.space.items()}
+            settings = {"train.lr": rounded(_between(rng, low, high, True)), **more}
+            found.append(make(config, scale, settings | ({config.sweep.compare: kind} if config.sweep.compare else {})))
     return found
+
+
+def by_kind(config: Config, trials: list[Trial]) -> list[list[Trial]]:
+    """Trials by the value of sweep.compare, in its order; all together without it."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(kind_of(config, trial), []).append(trial)
+    return list(groups.values())
+
+
+def title(config: Config, trial: Trial) -> str:
+    """Its scale, and what it is compared by."""
+    kind = kind_of(config, trial)
+    return f"{trial.scale} {kind}" if kind else trial.scale
+
+
+def kind_of(config: Config, trial: Trial) -> str:
+    """The value of sweep.compare that a trial has, as it is shown; empty without sweep.compare."""
+    return str(dict(trial.others)[config.sweep.compare]) if config.sweep.compare else ""
 
 
 def _draw(rng: np.random.Generator, values: Any) -> Any:

@@ -7,7 +7,7 @@ parameters with fp32 master weights and AdamW moments. EMA and checkpoints are b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,6 +63,14 @@ class _AdamW(torch.optim.AdamW):
         return None if self.skip else super().step(closure)
 
 
+def _by_rate(model: nn.Module, rates: Mapping[str, float]) -> dict[float, list[str]]:
+    """The parameters' names by the factor of their learning rate: AdamW's groups."""
+    groups: dict[float, list[str]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(rates.get(name, 1.0), []).append(name)
+    return groups
+
+
 class Engine:
     """AdamW on a model whose state is sharded by ZeRO over the torch.distributed default group.
 
@@ -73,9 +81,13 @@ class Engine:
     (once; at stage 3 also for each micro-batch's reduction); ours adds one wait at stage 0 in fp32, and none elsewhere.
     """
 
-    def __init__(self, model: nn.Module, config: Train, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: Train, device: torch.device, rates: Mapping[str, float] | None = None
+    ) -> None:
         """model: fp32 weights, the same on every rank. Takes the model over: it is moved and may be sharded.
 
+        rates: by parameter name, what its learning rate is multiplied by, 1 where none is given; weight decay takes
+        the same part of each weight all the same.
         Every step takes config.global_batch samples, in micro-batches of config.micro_batch_on(world size).
         """
         if device.type == "cpu":
@@ -96,16 +108,20 @@ class Engine:
         self._agreement: tuple[Any, Tensor] | None = None
         self._talk: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
         initial = {name: p.detach().reshape(-1).clone() for name, p in model.named_parameters()}
+        self._groups = _by_rate(model, rates or {})
         optimizer = _AdamW(
-            model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
-        )
+            [{"params": [model.get_parameter(name) for name in names], "weight_decay": config.weight_decay / rate}
+             for rate, names in self._groups.items()],
+            config.lr, config.betas, fused=device.type == "cuda",
+        )  # fmt: skip
+        self._adam: Any = optimizer
+        self.set_lr(config.lr)
         parameters = sum(p.numel() for p in model.parameters())
         self._deepspeed: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=self._settings(parameters)
         )[0]
         if self.frees_gradients:
             _add_without_a_copy(self._deepspeed.optimizer)
-        self._adam: Any = optimizer
         self._places = list(self._locate())
         # DeepSpeed takes its masters from weights already rounded to bf16: give them the exact ones.
         self.restore(0, lambda kind, name, start, stop: initial[name][start:stop] if kind == "weight" else None)
@@ -206,8 +222,9 @@ class Engine:
         return answer
 
     def set_lr(self, lr: float) -> None:
-        for group in self._adam.param_groups:
-            group["lr"] = lr
+        """lr: of parameters whose rate is 1."""
+        for group, rate in zip(self._adam.param_groups, self._groups, strict=True):
+            group["lr"] = lr * rate
 
     def mean(self, values: Tensor) -> list[float]:
         """(N,) numbers averaged over the ranks; waits for the device."""
@@ -310,12 +327,14 @@ class Engine:
             if hasattr(optimizer, "_hp_optimizer_states_linked"):
                 optimizer._hp_optimizer_states_linked = False
         elif optimizer is not self._adam:
-            for low, high in zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True):
-                low.data.copy_(high.data)
+            for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for low, high in zip(lows, highs, strict=True):
+                    low.data.copy_(high.data)
 
     def _locate(self) -> Iterator[_Place]:
         """Finds this rank's part of every parameter in DeepSpeed's structures, which differ by stage."""
         optimizer = self._deepspeed.optimizer
+        group_of = {name: (g, i) for g, names in enumerate(self._groups.values()) for i, name in enumerate(names)}
         for index, (name, parameter) in enumerate(self._deepspeed.module.named_parameters()):
             owned = index % self.world_size == self.rank
             if self._stage == 3:
@@ -327,13 +346,14 @@ class Engine:
             elif self._stage > 0:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # None: the parameter lies wholly in other ranks' parts
-                    flat = self._adam.param_groups[0]["params"][0]
+                    flat = self._adam.param_groups[group_of[name][0]]["params"][0]
                     at, low = mapping.hp_fragment_address, mapping.lp_fragment_address
                     yield _Place(name, low.start, at.numel, flat, at.start)
             elif optimizer is self._adam:
                 yield _Place(name, 0, parameter.numel(), parameter, 0, owned)
             else:
-                yield _Place(name, 0, parameter.numel(), optimizer.fp32_groups[0][index], 0, owned)
+                group, place = group_of[name]
+                yield _Place(name, 0, parameter.numel(), optimizer.fp32_groups[group][place], 0, owned)
 
     def close(self) -> None:
         self._deepspeed.destroy()

@@ -1,4 +1,4 @@
-"""A network as training runs it: kernels, compilation and CUDA graphs by the settings, under the engine."""
+"""A network as training runs it: kernels, compilation, graphs and learning rates by the settings, under the engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from dico_ray.config import Config
 from dico_ray.models import DiCo, compile_blocks, graph_stages, use_kernels
+from dico_ray.models.mup import learning_rates
 from dico_ray.training.engine import Engine
 
 
@@ -20,7 +21,8 @@ def prepare(model: DiCo, config: Config, device: torch.device) -> tuple[Engine, 
     whole = device.type == "cuda" and train.zero_stage < 3
     if whole and train.compile:
         compile_blocks(model)
-    engine = Engine(model, train, device)
+    rates = learning_rates(model, train.mup_width) if train.mup_width else None
+    engine = Engine(model, train, device, rates)
     if whole and train.cuda_graphs:
         graph_stages(model, engine.frees_gradients)
         path += ", CUDA graphs"

@@ -102,6 +102,7 @@ def test_keys_must_be_text(values: dict[Any, Any]) -> None:
         ({"train": {"ema_profiles": [0.1, 0.1]}}, ["train.ema_profiles: 0.1", "give a width once"]),
         ({"train": {"ema_profiles": [0.0505]}}, ["train.ema_profiles: 0.0505", "three decimals"]),
         ({"train": {"ema_snapshot_every": 5}}, ["train.ema_snapshot_every: 5", "needs train.ema_profiles"]),
+        ({"train": {"parametrization": "mup"}}, ["train.base_width: unset", "set it to the model.hidden_size"]),
         ({"sample": {"guidance_interval": [9, 1]}}, ["sample.guidance_interval: [9, 1]", "[lowest, highest]"]),
         ({"model": {"name": "DiCo-Q"}}, ["model.name: 'DiCo-Q'", "DiCo-S", "DiCo-tiny"]),
         ({"model": {"name": "two\nlines"}}, ["model.name"]),

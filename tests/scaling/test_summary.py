@@ -130,3 +130,55 @@ def test_json_page_and_pictures_of_noisy_diverged_and_stopped_trials() -> None:
     assert not re.search(r"(src|href)=\"(?!#)", text)
     assert len(figures.png(whole, verified)) < 150_000
     assert len(summary.table(whole)) == 5
+
+
+def _compared() -> Found:
+    """Two settings: with one the best rate is the same for all scales, with the other it falls; losses are alike."""
+    config = _config(space={"train.betas": [[0.9, 0.999], [0.9, 0.99]]}, compare="train.betas")
+    scales = []
+    for scale in SCALES:
+        for some in trials.by_kind(config, trials.planned(config, scale)):
+            results = []
+            for trial in some:
+                count = parameter_count(trial.config.model)
+                best = 3e-3 if trial.config.train.betas[1] == 0.99 else _best_rate(count)
+                value = 0.3 + 0.03 * math.log(trial.lr / best) ** 2 - 1e-8 * count
+                curve = np.stack([np.arange(10.0, 1201, 10), np.full(120, value)], 1)
+                results.append(Result(trial, 1200, value, curve))
+            scales.append(summary.scale_found(results))
+    return summary.found(config, "loss", scales)
+
+
+def test_each_value_of_a_compared_setting_has_optima_and_a_law_of_its_own() -> None:
+    falling, flat = _compared().kinds
+    assert [s.scale for s in falling.scales] == [s.scale for s in flat.scales] == list(SCALES)
+    assert falling.line is not None
+    assert flat.line is not None
+    assert falling.line.slope == pytest.approx(-0.3, abs=1e-3)
+    assert flat.line.slope == pytest.approx(0, abs=1e-3)
+    sizes = [parameter_count(s.config.model) for s in falling.scales]
+    assert falling.octaves == pytest.approx(0.3 * math.log2(sizes[-1] / sizes[0]), rel=1e-2)
+    assert flat.octaves == pytest.approx(0, abs=1e-2)
+
+
+def test_the_report_shows_what_was_compared_side_by_side() -> None:
+    whole = _compared()
+    told = json.loads(json.dumps(summary.as_json(whole, None), allow_nan=False))
+    assert [len(kind["scales"]) for kind in told["kinds"]] == [3, 3]
+    assert told["scales"] == next(k["scales"] for k in told["kinds"] if k["kind"] == told["winner"]["kind"])
+    lines = summary.table(whole)
+    assert len(lines) == 1 + 6 + 2 + 1
+    assert "w16 (0.9, 0.99)" in lines[4] or "w16 [0.9, 0.99]" in lines[4]
+    text = page.render(whole, None)
+    assert text.count("octaves apart. The band") == 2
+    for kind in whole.kinds:
+        assert text.count(f"loss by learning rate, {kind.kind}") == 1
+    assert len(figures.png(whole, None)) < 200_000
+
+
+def test_without_a_comparison_nothing_is_told_of_one(found: Found) -> None:
+    assert found.every == (found,)
+    assert found.kind == ""
+    text = page.render(found, None)
+    assert "swept for itself" not in text
+    assert text.count("octaves apart") == 1

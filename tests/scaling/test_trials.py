@@ -49,6 +49,32 @@ def test_a_trials_name_is_its_settings_not_its_length_or_place() -> None:
     assert trials.make(_config(), "x1", {"train.lr": 1e15}).key.startswith("x1-lr1e15-")
 
 
+def test_what_is_compared_gets_the_same_rates_and_is_kept_apart() -> None:
+    space = {"train.parametrization": ["standard", "mup"], "train.grad_clip": [0, 1.0]}
+    for search, rates in (("grid", 10), ("random", 5)):
+        config = _config({"base_width": 16}, search=search, points=5, space=space, compare="train.parametrization")
+        standard, mup = trials.by_kind(config, trials.planned(config, "w32"))
+        assert {t.config.train.parametrization for t in standard} == {"standard"}
+        assert {t.config.train.parametrization for t in mup} == {"mup"}
+        assert [t.lr for t in standard] == [t.lr for t in mup]
+        assert [t.config.train.grad_clip for t in standard] == [t.config.train.grad_clip for t in mup]
+        assert len(standard) == rates
+        assert len({t.key for t in (*standard, *mup)}) == 2 * rates
+        assert trials.title(config, mup[0]) == "w32 mup"
+    alone = trials.planned(_config(), "w32")
+    assert trials.by_kind(_config(), alone) == [alone]
+    assert trials.title(_config(), alone[0]) == "w32"
+
+
+def test_names_of_trials_know_the_base_width_where_it_is_used() -> None:
+    plain, same = (trials.planned(_config({"base_width": width}), "x1")[0] for width in (None, 16))
+    mup, other = (
+        trials.planned(_config({"parametrization": "mup", "base_width": width}), "x1")[0] for width in (16, 32)
+    )
+    assert plain.key == same.key
+    assert len({plain.key, mup.key, other.key}) == 3
+
+
 def test_stages_end_at_the_full_length() -> None:
     assert trials.rung_steps(_config()) == [1200]
     assert trials.rung_steps(_config(rungs=3)) == [300, 600, 1200]
@@ -97,6 +123,7 @@ def test_a_best_rate_at_an_end_asks_for_one_more_beyond_it() -> None:
         ({"search": "random", "space": {"train.weight_decay": {"low": 1, "high": 0}}}, r"is no range"),
         ({"search": "random", "space": {"train.weight_decay": {"low": 0, "high": 1, "log": True}}}, r"is no range"),
         ({"search": "random", "space": {"train.weight_decay": {"low": 0, "hihg": 1}}}, r"is no range"),
+        ({"space": {"train.parametrization": ["mup"]}}, r"train\.base_width: unset"),
         ({"rungs": 6}, r"sweep\.rungs: the first stage of x1 ends at step 38, within train\.warmup_steps = 50"),
     ],
 )  # fmt: skip
@@ -113,6 +140,12 @@ def test_what_cannot_be_varied_is_told(settings: dict[str, Any], message: str) -
         ({"lr": [1e-3, 1e-3]}, r"sweep\.lr: .* holds no range"),
         ({"search": "optuna", "rungs": 2}, r"sweep\.rungs: 2 cannot go with sweep\.search optuna"),
         ({"points": 2}, r"sweep\.points"),
+        ({"compare": "train.betas"}, r"sweep\.compare: train\.betas needs two values or more in sweep\.space"),
+        ({"compare": "train.grad_clip", "space": {"train.grad_clip": [1]}}, r"sweep\.compare: .* needs two values"),
+        (
+            {"compare": "train.grad_clip", "space": {"train.grad_clip": [0, 1]}, "search": "optuna"},
+            r"sweep\.compare: train\.grad_clip cannot go with sweep\.search optuna",
+        ),
     ],
 )
 def test_an_empty_or_contradictory_sweep_is_told(settings: dict[str, Any], message: str) -> None:

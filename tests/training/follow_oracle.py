@@ -59,7 +59,8 @@ def batches(config: Config, rank: int) -> Iterator[LatentBatch]:
 
 
 def follow(config: Config, folder: Storage) -> None:
-    engine = Engine(oracle.initial_model(config), config.train, torch.device("cpu"))
+    model = oracle.initial_model(config)
+    engine = Engine(model, config.train, torch.device("cpu"), oracle.rates_of(model, config))
     ema, curves = EMA(engine, config.train.ema_decay), Curves()
     train_loop(config, engine, ema, batches(config, engine.rank), curves)
     save(folder, config.train.steps, engine, ema, {})

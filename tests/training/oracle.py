@@ -16,7 +16,7 @@ from dico_ray.config import Config
 from dico_ray.data.order import SampleOrder
 from dico_ray.diffusion.noise import Stream, bernoulli, integers, normal
 from dico_ray.diffusion.process import Diffusion
-from dico_ray.models import DiCo
+from dico_ray.models import DiCo, mup
 from dico_ray.settings import build
 
 CLASSES, CHUNKS = 10, (16, 16, 16, 16, 16, 20)  # an epoch of 100 samples ends within a batch of 16
@@ -56,7 +56,17 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 def initial_model(config: Config) -> DiCo:
     torch.manual_seed(config.run.seed)
     a = config.model.architecture
-    return DiCo(a.hidden_size, a.depths, a.ffn_ratio, CLASSES, class_dropout_prob=0.0)
+    model = DiCo(a.hidden_size, a.depths, a.ffn_ratio, CLASSES, class_dropout_prob=0.0)
+    if config.train.mup_width:
+        mup.initialize(model, config.train.mup_width)
+    return model
+
+
+def rates_of(model: DiCo, config: Config) -> dict[str, float]:
+    """What each parameter's learning rate is multiplied by."""
+    if config.train.mup_width:
+        return mup.learning_rates(model, config.train.mup_width)
+    return {name: 1.0 for name, _ in model.named_parameters()}
 
 
 def order_of(config: Config) -> SampleOrder:
@@ -68,7 +78,12 @@ def train(config: Config) -> Run:
     settings, seed, batch = config.train, config.run.seed, config.train.global_batch
     model, diffusion, order = initial_model(config), Diffusion(), order_of(config)
     ema = copy.deepcopy(model)
-    adam = torch.optim.AdamW(model.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
+    rates = list(rates_of(model, config).values())
+    adam = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": settings.weight_decay / r}
+         for p, r in zip(model.parameters(), rates, strict=True)],
+        settings.lr, settings.betas,
+    )  # fmt: skip
     latents, all_labels = data()
     rows = torch.arange(batch)
     losses, norms = [], []
@@ -85,8 +100,8 @@ def train(config: Config) -> Run:
         adam.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or float("inf"))))
-        for group in adam.param_groups:
-            group["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
         adam.step()
         with torch.no_grad():
             for average, weight in zip(ema.parameters(), model.parameters(), strict=True):

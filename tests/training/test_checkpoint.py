@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load as from_safetensors
 
 from dico_ray.config import ConfigError
-from dico_ray.models import create_model
+from dico_ray.models import create_model, mup
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
@@ -151,3 +151,39 @@ def test_numbers_are_cut_into_parts_of_a_stated_size(tmp_path: Path, trained: tu
 def test_nothing_is_pickled(saved: Storage) -> None:
     for name in saved.names():
         assert name.endswith((".safetensors", ".json"))
+
+
+def test_a_run_with_two_learning_rates_goes_on_at_another_stage(one_process: None, tmp_path: Path) -> None:
+    """muP's two groups lie in flat parts of their own; checkpoints know parameters by name alone."""
+
+    def make(stage: int) -> tuple[Engine, EMA]:
+        torch.manual_seed(0)
+        model = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=10, class_dropout_prob=0.0)
+        mup.initialize(model, 4)
+        settings = {"global_batch": 4, "precision": "fp32", "zero_stage": stage, "lr": 1e-3}
+        engine = Engine(model, build({"train": settings}).train, torch.device("cpu"), mup.learning_rates(model, 4))
+        return engine, EMA(engine, 0.5)
+
+    def train(engine: Engine, ema: EMA, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            x, wanted = torch.randn(4, 4, 8, 8, generator=generator), torch.randn(4, 8, 8, 8, generator=generator)
+            engine.backward((engine(x, torch.arange(4), torch.arange(4)) - wanted).square().mean())
+            ema.update(step)
+
+    whole = make(1)
+    train(*whole, range(1, 5))
+    straight = save(Storage(str(tmp_path / "straight")), 4, *whole, {})
+    half = make(2)
+    train(*half, range(1, 3))
+    stopped = save(Storage(str(tmp_path / "parts")), 2, *half, {})
+    again = make(3)
+    checkpoints.restore(stopped, *again)
+    train(*again, range(3, 5))
+    continued = save(Storage(str(tmp_path / "parts")), 4, *again, {})
+    for kind in ("weight", "ema", "exp_avg", "exp_avg_sq"):
+        expected, found = straight.tensors(kind), continued.tensors(kind)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{kind} {name}")
+    for engine, _ in (whole, half, again):
+        engine.close()

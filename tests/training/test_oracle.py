@@ -21,6 +21,7 @@ pytestmark = pytest.mark.ray
 _Case = tuple[int, dict[str, Any]]  # seed, settings of train
 _ROOT = Path(__file__).parents[2]
 _STEPS, _LONG, _SMOOTHED = 60, 300, 20
+_MUP = {"parametrization": "mup", "base_width": 4}  # half the width: two groups of learning rates
 
 # Largest relative differences from the oracle over 60 steps. Curves: L2 over L2. Weights and EMA: distance from the
 # oracle's over the way that the oracle's have come from the initial weights, which hides nothing that stands still.
@@ -61,14 +62,14 @@ def _read(folder: Path) -> oracle.Run:
 
 
 @cache
-def _oracle(steps: int = _STEPS, seed: int = 0) -> oracle.Run:
-    return oracle.train(oracle.settings({"steps": steps}, seed))
+def _oracle(steps: int = _STEPS, seed: int = 0, mup: bool = False) -> oracle.Run:
+    return oracle.train(oracle.settings({"steps": steps, **(_MUP if mup else {})}, seed))
 
 
-def _errors(found: oracle.Run, expected: oracle.Run) -> dict[str, float]:
+def _errors(found: oracle.Run, expected: oracle.Run, train: dict[str, Any] | None = None) -> dict[str, float]:
     """Relative differences, by the names of the tolerances."""
     errors = {"loss": _relative(found.losses, expected.losses), "grad_norm": _relative(found.norms, expected.norms)}
-    start = {name: p.detach() for name, p in oracle.initial_model(oracle.settings({})).named_parameters()}
+    start = {name: p.detach() for name, p in oracle.initial_model(oracle.settings(train or {})).named_parameters()}
     for kind, mine, theirs in (("weights", found.weights, expected.weights), ("ema", found.ema, expected.ema)):
         assert mine.keys() == theirs.keys() == start.keys()
         gone = np.array([float((mine[name] - theirs[name]).norm()) for name in start])
@@ -85,7 +86,7 @@ def _relative(found: list[float], expected: list[float]) -> float:
 
 def _check(workers: int, cases: list[_Case], folder: Path) -> None:
     for case, run in zip(cases, _follow(workers, cases, folder), strict=True):
-        errors = _errors(run, _oracle())
+        errors = _errors(run, _oracle(mup="base_width" in case[1]), case[1])
         print(workers, case, {name: f"{error:.1e}" for name, error in errors.items()})
         for name, most in (_FP32 if case[1]["precision"] == "fp32" else _BF16).items():
             assert errors[name] < most, (name, workers, case, errors)
@@ -108,6 +109,13 @@ def test_two_workers_follow_the_oracle_at_every_stage(tmp_path: Path) -> None:
 
 def test_four_workers_follow_the_oracle(tmp_path: Path) -> None:
     _check(4, [_case(1, 2), _case(3)], tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_learning_rates_follow_the_oracle_at_every_stage(workers: int, tmp_path: Path) -> None:
+    """As muP has them: each is a group of AdamW's, with a flat part of its own at every stage."""
+    cases = [_case(stage) for stage in range(4)] + [_case(0, precision="bf16")]
+    _check(workers, [(seed, {**train, **_MUP}) for seed, train in cases], tmp_path)
 
 
 @pytest.mark.slow
