@@ -60,7 +60,8 @@ class StageGraphs:
     def prepare(self, shapes: Sequence[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype) -> None:
         """Captures the stages for inputs `(B, H, W, C)`, one shape a stage, unless there are graphs already.
 
-        Weights that have moved since are captured again. Nothing happens in passes without gradients.
+        The first shapes stay, whatever comes later; weights that have moved since are captured again. Nothing happens
+        in passes without gradients.
         """
         if not torch.is_grad_enabled():
             return
@@ -150,7 +151,8 @@ class _Replay(torch.autograd.Function):
 
 
 def _handed_out(captured: Captured) -> Iterator[Tensor]:
-    """The gradients. What autograd is given as a tensor of its own, it keeps where it lies."""
+    """The gradients. A weight's, given as a tensor of its own, becomes `.grad` where it lies; x's and condition's are
+    used up by the backward passes that follow."""
     x, condition, *weights = captured.gradients
     yield from (x, condition)
     yield from (weight.detach() if captured.lend else weight.clone() for weight in weights)

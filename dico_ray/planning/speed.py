@@ -64,8 +64,11 @@ def micro_batch_time(
     """
     if why_unknown(config):
         return None
-    path = path_of(config, config.train.zero_stage).split(",")[0]
-    return _ladders(rows or measured.rows(), path).time(config.model, gpu_of(config), micro_batch, workers)
+    path = path_of(config, config.train.zero_stage)
+    ladders = _ladders(rows or measured.rows(), path.split(",")[0])
+    # The rows of compiled blocks are from before there were CUDA graphs, those of fused ones make the GELU again.
+    alike = path in ("eager", "fused") or (path == "compiled" and not config.train.cuda_graphs)
+    return ladders.time(config.model, gpu_of(config), micro_batch, workers, alike)
 
 
 @cache
@@ -80,7 +83,8 @@ class Ladders:
     rows: tuple[Row, ...]
     path: str
 
-    def time(self, model: Model, gpu: Accelerator, micro_batch: int, workers: int = 1) -> Time:
+    def time(self, model: Model, gpu: Accelerator, micro_batch: int, workers: int = 1, alike: bool = True) -> Time:
+        """alike: whether the rows were run by the same settings, and may be called measured."""
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
@@ -90,7 +94,7 @@ class Ladders:
                 basis = "measured"
             elif between:
                 basis, best = "interpolated", self._interpolate(*between, micro_batch)
-        if workers > 1:
+        if workers > 1 or not alike:
             basis = "extrapolated"
         times = [best, *(seconds for seconds, _ in found if basis == "extrapolated")]
         if self.path == "eager":

@@ -58,7 +58,8 @@ def make(config: Config, scale: str, settings: dict[str, Any]) -> Trial:
 def _digest(config: Config) -> str:
     dumped = config.model_dump(mode="json")
     train = {name: dumped["train"][name] for name in (*_TRAIN, *(_MUP if config.train.mup_width else ()))}
-    whole = [train, dumped["model"], dumped["data"]["latents"], dumped["data"]["window_samples"], dumped["run"]["seed"]]
+    model = dumped["model"] | {"kernels": "torch"}  # which path computes them does not make another trial
+    whole = [train, model, dumped["data"]["latents"], dumped["data"]["window_samples"], dumped["run"]["seed"]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
 

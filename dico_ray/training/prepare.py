@@ -17,6 +17,8 @@ def prepare(model: DiCo, config: Config, device: torch.device) -> tuple[Engine, 
     """
     train = config.train
     path = use_kernels(model, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
+    if model.final_layer.fused and not train.recompute_gelu:
+        path += ", GELU kept"
     # At stage 3 DeepSpeed gathers a layer's weights in hooks, which neither a compiled block nor a graph would call.
     whole = device.type == "cuda" and train.zero_stage < 3
     if whole and train.compile:

@@ -60,6 +60,9 @@ def test_replays_give_what_plain_passes_give(kernels: str, lend: bool) -> None:
     plain, graphed = _networks(kernels, lend)
     for turn in range(4):
         _equal(plain, graphed, batch=2 if turn == 2 else 3)
+        graphs = graphed.latent.graphs
+        assert graphs
+        assert [captured.replays for captured in graphs._captured.values()] == [turn + (turn < 2)] * 5
         if lend:
             for network in (plain, graphed):
                 network.zero_grad(set_to_none=True)
@@ -76,8 +79,9 @@ def test_weights_that_moved_are_captured_again() -> None:
     _equal(plain, graphed)
     for network in (plain, graphed):
         network.zero_grad(set_to_none=True)
-    for parameter in graphed.parameters():
-        parameter.data = parameter.data.clone()
+    for one, two in zip(plain.parameters(), graphed.parameters(), strict=True):
+        one.data = one.data + 0.01 * torch.randn_like(one)
+        two.data = one.data.clone()
     _equal(plain, graphed)
 
 

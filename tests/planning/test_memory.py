@@ -80,7 +80,7 @@ def test_memory_measured_with_fused_blocks_is_foreseen_within_a_tenth(row: measu
     assert row.micro_batch
     config = planned(f"{row.model.lower()}-256", kernels="auto", num_workers=row.gpus, micro_batch=row.micro_batch)
     foreseen = memory_at(config, 1, row.gpus, row.micro_batch) / 1e9
-    assert foreseen == pytest.approx(row.memory_gb, rel=0.07)
+    assert foreseen == pytest.approx(row.memory_gb, rel=0.1)
 
 
 def test_the_measured_ladder_s_slope_is_foreseen() -> None:

@@ -31,7 +31,7 @@ def of_step(config: Config, workers: int, batch: int | None = None) -> Point:
 
 def test_the_measured_run_is_foreseen() -> None:
     """DiCo-H on one H100, 1024 images in 16 micro-batches of 64: 4.5 s a step and 225 images/s, within 2%."""
-    point = of_step(planned(num_workers=1, micro_batch=64, kernels="torch"), 1)
+    point = of_step(planned(num_workers=1, micro_batch=64, kernels="torch", cuda_graphs=False), 1)
     assert (point.micro_batch, point.accumulation, point.basis) == (64, 16, "measured")
     assert point.step_s == pytest.approx(4.5, rel=0.02)
     assert point.images_per_s == pytest.approx(225, rel=0.02)

@@ -39,9 +39,10 @@ class Tiles(NamedTuple):
 def whole_channels(images: int, pixels: int, channels: int, sums: bool) -> Tiles:
     """For LayerNorm: every program sees all channels of its pixels. sums: it also sums them over its pixels."""
     block = power_of_two(channels)
-    step = min(8 if sums else max(1, 2048 // block), power_of_two(pixels))
+    step = min(8, max(1, (8192 if sums else 2048) // block), power_of_two(pixels))
     rows = _rows(pixels, step, images, _SUMMING_PROGRAMS) if sums else step
-    return Tiles(rows, step, 1, block, ceil_div(pixels, rows), _warps(step * block, 2048 if sums else 512))
+    per_warp = 512 if not sums else 2048 if block <= 1024 else 1024  # wide sums fill registers too
+    return Tiles(rows, step, 1, block, ceil_div(pixels, rows), _warps(step * block, per_warp))
 
 
 def channel_blocks(pixels: int, channels: int, block: int, step: int, turns: int, warps: int) -> Tiles:
@@ -53,7 +54,8 @@ def channel_blocks(pixels: int, channels: int, block: int, step: int, turns: int
 
 def image_rows(images: int, height: int, width: int, channels: int, block: int) -> Tiles:
     """For the convolution: a row of pixels of `block` channels at a time, the rows around it kept in registers."""
-    columns, block = power_of_two(width), min(block, power_of_two(channels))
+    columns = power_of_two(width)
+    block = min(block, power_of_two(channels), max(1, 2048 // columns))
     programs = images * ceil_div(channels, block)
     rows = _rows(height, 1, programs, _PROGRAMS, least=8)  # each split reads two rows more
     return Tiles(rows, 1, columns, block, ceil_div(height, rows), _warps(columns * block, 256), stages=3)

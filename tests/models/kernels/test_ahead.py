@@ -16,7 +16,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("shape", "ratio"), [((64, 32, 32, 416), 4), ((64, 16, 16, 832), 4), ((64, 8, 8, 1664), 2), ((16, 64, 64, 128), 2)]
+    ("shape", "ratio"),
+    [
+        ((64, 32, 32, 416), 4),
+        ((64, 16, 16, 832), 4),
+        ((64, 8, 8, 1664), 2),
+        ((64, 8, 8, 3328), 2),
+        ((16, 64, 64, 128), 2),
+    ],
 )
 def test_every_launch_compiles_for_an_h100_and_keeps_its_numbers_in_registers(
     shape: tuple[int, int, int, int],
@@ -32,7 +39,9 @@ def test_every_launch_compiles_for_an_h100_and_keeps_its_numbers_in_registers(
         file = tmp_path / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
-        found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
         assert found, usage.stdout
         assert int(found[1]) <= 255, name
-        assert found[2] == "0", f"{name} spills"
+        # On the GPU the cuts that spill a little in the backward norm were faster than those that do not.
+        assert int(found[2]) <= (80 if dtype == torch.bfloat16 else 336), f"{name} spills {found[2]} bytes a thread"
+        assert found[3] == "0", name
