@@ -149,7 +149,8 @@ class Storage:
         for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
             at, rest = start + done, buffer[done:]
             done += self._retry(
-                f"{name} at byte {at}", lambda fs, at=at, rest=rest: read_into(fs, self.path(name), at, rest)
+                f"{name} at byte {at}",
+                lambda fs, at=at, rest=rest: read_into(fs, self.path(name), at, rest, self._settings),
             )
             if done >= len(buffer) or start + done >= self.size(name):
                 break
