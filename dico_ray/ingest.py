@@ -69,7 +69,7 @@ class WindowReader:
         _idle.append(scratch)  # not before: only once the task has ended are its blocks surely stored
 
     def rows(self, window: int, scratch: Scratch) -> dict[str, np.ndarray]:
-        """A window's rows, rank after rank: step, row, key, label (R,) and latents (R, C, H, W), which lie in `scratch`.
+        """A window's rows, rank by rank: step, row, key, label (R,) and latents (R, C, H, W), which lie in `scratch`.
 
         Each chunk's samples go to their places as soon as it is there, while others are on their way.
         """

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -58,6 +60,7 @@ class Scratch:
         return self._array[:size]
 
 
+_parsing = threading.Lock()  # numpy parses headers as Python, which Python 3.11 cannot do in several threads at a time
 _idle: list[Scratch] = []  # this process's memory for chunks' bytes: one for each request at a time
 
 
@@ -197,16 +200,27 @@ def general_samples(data: memoryview, manifest: Manifest, where: str) -> Samples
 
 def npy_header(data: memoryview | bytes, where: str) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, bytes of the header) of a .npy file in C order. Raises ShardError; pickled objects too."""
-    file = io.BytesIO(data[:4096])
+    head = bytes(data[:4096])
+    length = (
+        10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
+    )
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file, max_header_size=4096)
+        shape, fortran, dtype, size = _npy_header(head[:length])
     except (ValueError, EOFError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
         raise ShardError(f"{where}: no plain .npy array ({' '.join(str(error).split())[:200]})") from None
     if fortran or dtype.hasobject:
         raise ShardError(f"{where}: a .npy array of {dtype}{' in Fortran order' if fortran else ''} is refused")
-    return shape, dtype, file.tell()
+    return shape, dtype, size
+
+
+@lru_cache(maxsize=256)
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, Fortran order, dtype, bytes of the header); numpy's errors."""
+    file = io.BytesIO(data)
+    with _parsing:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return *read(file, max_header_size=4096), file.tell()
 
 
 def npy_array(data: memoryview, where: str) -> np.ndarray:
