@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
 
 from dico_ray import prometheus
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.cache import ChunkCache
 from dico_ray.data.order import SampleOrder, rank_rows
-from dico_ray.data.reader import Scratch, read_chunks
+from dico_ray.data.reader import Samples, Scratch, each_chunk
 from dico_ray.data.shards import LatentBatch, Manifest
 from dico_ray.storage import Storage, retried
 
 READ_TASK_CPUS = 0.5
 _MOST_TASKS = 4096  # Ray Data plans each one up front; longer runs read several windows in a task
-_scratch: list[Scratch] = []  # what a worker process's last window was read into, for its next one
+_idle: list[Scratch] = []  # what this process's last window was gathered in, for its next one
 
 
 class StarvationError(UserError):
@@ -49,40 +52,74 @@ class WindowReader:
 
     def __call__(self, batch: Any) -> Iterator[dict[str, np.ndarray]]:
         """Windows counted from the first one, {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
+        scratch = Scratch()
         for number in batch["id"]:
+            scratch = _idle.pop() if _idle else Scratch()
             began, tries = time.monotonic(), retried.total()
-            parts = self.blocks(self.first_window + int(number))
-            first = next(parts)  # all ranks' rows are read by then
+            rows = self.rows(self.first_window + int(number), scratch)
             for name, amount in (
-                ("ingest_samples", len(first["row"]) * self.world_size),
+                ("ingest_samples", len(rows["row"])),
                 ("ingest_seconds", time.monotonic() - began),
                 ("ingest_retries", retried.total() - tries),
             ):
                 prometheus.count(name, amount, self.run)
-            yield first
-            yield from parts
+            share = len(rows["row"]) // self.world_size
+            for start in range(0, len(rows["row"]), share):
+                yield {name: column[start : start + share] for name, column in rows.items()}
+        _idle.append(scratch)  # not before: only once the task has ended are its blocks surely stored
 
-    def blocks(self, window: int) -> Iterator[dict[str, np.ndarray]]:
-        """One block a rank: step, row, key, label (R,) and latents (R, C, H, W), R = steps * rows of a rank."""
-        keys = self.order.window_keys(window)
-        flips = self.order.window_flips(window) if self.flip else np.zeros(len(keys), np.int64)
-        chunks = self.order.chunks_of(keys)
-        scratch = _scratch.pop() if _scratch else Scratch()
-        samples = read_chunks(self.storage, self.manifest, chunks, self.cache, scratch)
-        # Chunks are ascending, so the keys that are held are sorted, and each is found by bisection.
-        places = np.searchsorted(np.concatenate([self.order.chunk_keys(chunk) for chunk in chunks]), keys)
-        steps = window * self.order.window_steps + np.arange(len(keys)) // self.order.global_batch
-        rows = np.arange(len(keys)) % self.order.global_batch
-        for rank in range(self.world_size):
-            mine = rank_rows(self.order, self.world_size, rank)
-            yield {
-                "step": steps[mine],
-                "row": rows[mine],
-                "key": keys[mine],
-                "label": samples.labels[places[mine]],
-                "latents": samples.pick(places[mine], flips[mine]),
-            }
-        _scratch.append(scratch)
+    def rows(self, window: int, scratch: Scratch) -> dict[str, np.ndarray]:
+        """A window's rows, rank by rank: step, row, key, label (R,) and latents (R, C, H, W), which lie in `scratch`.
+
+        Each chunk's samples go to their places as soon as it is there, while others are on their way.
+        """
+        order, manifest = self.order, self.manifest
+        places = np.concatenate([rank_rows(order, self.world_size, rank) for rank in range(self.world_size)])
+        keys = order.window_keys(window)[places]
+        flips = order.window_flips(window)[places] if self.flip else np.zeros(len(keys), np.int64)
+        chunks = order.chunks_of(keys)
+        by_key = np.argsort(keys)
+        bounds = np.searchsorted(keys[by_key], order.chunk_starts)  # rows of chunk c: by_key[bounds[c] : bounds[c + 1]]
+        shape = (manifest.channels, *manifest.latent_size)
+        size = 2 * int(np.prod(shape))
+        gathered = scratch.take(len(keys) * size).view(f"V{size}")  # a latent as one item
+        labels = np.empty(len(keys), np.int64)
+
+        def gather(number: int, samples: Samples) -> None:
+            chunk = chunks[number]
+            mine = by_key[bounds[chunk] : bounds[chunk + 1]]
+            at = keys[mine] - order.chunk_starts[chunk]
+            labels[mine] = samples.labels[at]
+            gathered[mine] = samples.items(at, flips[mine])
+
+        each_chunk(self.storage, manifest, chunks, gather, self.cache)
+        return {
+            "step": window * order.window_steps + places // order.global_batch,
+            "row": places % order.global_batch,
+            "key": keys,
+            "label": labels,
+            "latents": gathered.view(np.float16).reshape(len(keys), *shape),
+        }
+
+
+class _Windows(Datasource):
+    """The numbers of the windows, {"id": (N,)}. Ray Data's own `range` would be a task more for each window, and one
+    that takes its turn with the reading."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self._count
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> Any:
+        return [self._task(numbers) for numbers in np.array_split(np.arange(self._count), parallelism)]
+
+    @staticmethod
+    def _task(numbers: np.ndarray) -> ReadTask:
+        size = BlockMetadata(num_rows=len(numbers), size_bytes=numbers.nbytes, input_files=None, exec_stats=None)
+        return ReadTask(lambda: [pa.table({"id": numbers})], size)
 
 
 def sample_order(config: Config, manifest: Manifest) -> SampleOrder:
@@ -98,16 +135,15 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
     storage = Storage(config.data.latents)
     cache = ChunkCache(config.data.cache, int(config.data.cache_gb * 1e9)) if config.data.cache else None
     reader = WindowReader(storage, manifest, order, train.world_sizes[0], train.flip, first, cache, config.run.name)
-    dataset = ray.data.range(windows, override_num_blocks=min(windows, _MOST_TASKS))
+    own = {
+        "num_cpus": READ_TASK_CPUS,
+        "concurrency": config.data.read_tasks,
+    }  # the same of both: then they are one task
+    dataset = ray.data.read_datasource(_Windows(windows), override_num_blocks=min(windows, _MOST_TASKS), **own)
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.
     dataset.context.target_max_block_size = int(0.8 * _block_bytes(reader))
-    return dataset.map_batches(
-        reader,
-        batch_size=None,
-        num_cpus=READ_TASK_CPUS,
-        concurrency=config.data.read_tasks,
-    )
+    return dataset.map_batches(reader, batch_size=None, **own)
 
 
 def _block_bytes(reader: WindowReader) -> int:

@@ -89,12 +89,12 @@ class Storage:
         return {"url": self.url}
 
     @cached_property
-    def _settings(self) -> StorageSettings:
+    def settings(self) -> StorageSettings:
         return _settings()
 
     @cached_property
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return open_store(self.url, self._settings)
+        return open_store(self.url, self.settings)
 
     @property
     def is_local(self) -> bool:
@@ -109,6 +109,12 @@ class Storage:
         """What requests go through: an fsspec file system, or pyarrow's own."""
         fs = self._open[0]
         return fs.fs if isinstance(fs, ArrowStore) else fs
+
+    def reached_by(self, library: str) -> Storage:
+        """The same folder by another library, in this process."""
+        other = Storage(self.url)
+        other.__dict__["settings"] = self.settings.model_copy(update={"library": library})
+        return other
 
     def for_arrow(self) -> tuple[Any, str]:
         """The folder as libraries built on pyarrow.fs take it: (file system or None for a local one, path)."""
@@ -149,7 +155,8 @@ class Storage:
         for _ in range(_SHORT_READS):  # a body that ended early is continued where it ended
             at, rest = start + done, buffer[done:]
             done += self._retry(
-                f"{name} at byte {at}", lambda fs, at=at, rest=rest: read_into(fs, self.path(name), at, rest)
+                f"{name} at byte {at}",
+                lambda fs, at=at, rest=rest: read_into(fs, self.path(name), at, rest, self.settings),
             )
             if done >= len(buffer) or start + done >= self.size(name):
                 break
@@ -243,9 +250,9 @@ class Storage:
                 if for_good(error):
                     hint = f"; {CREDENTIALS}" if isinstance(error, PermissionError) or is_refusal(error) else ""
                     raise StorageError(f"{where}: {cause(error)}{hint}") from error
-                if time.monotonic() - started + wait > self._settings.retry_s:
+                if time.monotonic() - started + wait > self.settings.retry_s:
                     raise StorageError(
-                        f"{where}: failed for {self._settings.retry_s:g} s (storage.retry_s), last: {cause(error)}"
+                        f"{where}: failed for {self.settings.retry_s:g} s (storage.retry_s), last: {cause(error)}"
                     ) from error
                 retried[type(error).__name__] += 1
                 time.sleep(wait * random.uniform(0.5, 1))

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
+from dico_ray import signed
 from dico_ray.config import ConfigError, StorageSettings
 
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -82,10 +83,17 @@ class ArrowStore(ArrowFSWrapper):
         return count
 
 
-def read_into(fs: fsspec.AbstractFileSystem, path: str, start: int, buffer: memoryview) -> int:
+def read_into(
+    fs: fsspec.AbstractFileSystem, path: str, start: int, buffer: memoryview, settings: StorageSettings
+) -> int:
     """Fills the buffer from the file's byte `start` on, in one request; how many bytes there were."""
     if isinstance(fs, ArrowStore):
         return fs.read_into(path, start, buffer)
+    if "s3" in fs.protocol:
+        plain = signed.reader(fs, frozenset(settings.options), settings.timeout_s)
+        count = plain.read_into(path, start, buffer) if plain else None
+        if count is not None:
+            return count
     try:
         data = as_bytes(fs.cat_file(path, start=start, end=start + len(buffer))) if len(buffer) else b""
     except OSError as error:
@@ -150,7 +158,8 @@ def _fsspec_options(protocol: str, settings: StorageSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"use_listings_cache": False, **settings.options}
     if protocol == "s3":
         seconds = settings.timeout_s
-        config = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
+        config: dict[str, Any] = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
+        config |= {} if settings.anonymous else {"signature_version": "s3v4"}  # for signed.py too
         options |= {"config_kwargs": {**config, **options.get("config_kwargs", {})}}
         options |= {"endpoint_url": settings.endpoint} if settings.endpoint else {}
         options |= {"anon": True} if settings.anonymous else {}

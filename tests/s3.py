@@ -272,7 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         address = urlsplit(self.path)
         is_object = self.command == "GET" and len(address.path.strip("/").split("/")) > 1
-        is_object = is_object and set(parse_qs(address.query, keep_blank_values=True)) <= {"x-id", "versionId"}
+        query = parse_qs(address.query, keep_blank_values=True)
+        is_object = is_object and {name for name in query if not name.startswith("X-Amz-")} <= {"x-id", "versionId"}
         if is_object and proxy.hang_s:
             proxy.pause(proxy.hang_s)
         kind = proxy.draw(address.path, self.headers.get("Range", "")) if is_object else ""

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from dico_ray import ingest
 from dico_ray.config import Config, ConfigError
+from dico_ray.data.order import rank_rows
+from dico_ray.data.reader import read_chunks
 from dico_ray.data.shards import Manifest
 from dico_ray.settings import build
 from dico_ray.storage import Storage
@@ -132,6 +134,24 @@ def test_an_interrupted_run_repeats_and_skips_nothing_whatever_the_sizes(
     assert np.concatenate(found).tolist() == due.tolist()
     for epoch in range(2):
         assert sorted(due[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_task_of_several_windows_keeps_their_rows_apart(latents: Path, ranks: int) -> None:
+    storage = Storage(str(latents))
+    manifest = Manifest.load(storage)
+    order = ingest.sample_order(_config(latents, 1, 30), manifest)
+    held = read_chunks(storage, manifest, range(len(manifest.chunks)))
+    for first in (0, 2):  # the second task takes the first one's memory
+        reader = ingest.WindowReader(storage, manifest, order, ranks, True, first)
+        blocks = list(reader({"id": np.array([0, 1])}))
+        assert len(blocks) == 2 * ranks
+        for i, block in enumerate(blocks):
+            window, mine = first + i // ranks, rank_rows(order, ranks, i % ranks)
+            keys, flips = order.window_keys(window)[mine], order.window_flips(window)[mine]
+            assert block["key"].tolist() == keys.tolist()
+            assert block["label"].tolist() == held.labels[keys].tolist()
+            assert block["latents"].tobytes() == held.pick(keys, flips).tobytes()
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow.fs
 import pytest
 import ray
 
-from dico_ray import cluster, ingest, storage
+from dico_ray import cluster, ingest, signed, storage
 from dico_ray.config import ConfigError, StorageSettings
 from dico_ray.data.generated import gaps, image_set
 from dico_ray.data.reader import Samples, read_chunks
 from dico_ray.data.shards import MANIFEST, Manifest, ShardError
 from dico_ray.settings import build
+from dico_ray.signed import SignedReader
 from dico_ray.storage import Storage, StorageError
 from tests.s3 import BUCKET, FAULTS, KEY, SECRET, FaultProxy, Server, server
 
@@ -279,6 +282,62 @@ def test_a_store_that_stays_away_names_the_limit(
         read_chunks(folder(uploaded), local[0], [0])
     with pytest.raises(StorageError, match=r"storage\.retry_s"):
         folder(uploaded).names()
+
+
+def _plain(there: Storage) -> SignedReader | None:
+    return signed.reader(there.library, frozenset(there.settings.options), there.settings.timeout_s)
+
+
+@pytest.mark.parametrize("library", ["fsspec"], indirect=True)
+def test_ranges_come_by_plain_requests_over_few_connections(use: Use, uploaded: str, proxy: FaultProxy) -> None:
+    use(endpoint=proxy.endpoint)
+    there, name = folder(uploaded), "shard-00000.tar"
+    due = there.read(name)
+    plain = _plain(there)
+    assert plain
+    before = proxy.requests.total()
+    for start in range(0, 1000, 100):
+        buffer = bytearray(100)
+        assert plain.read_into(there.path(name), start, memoryview(buffer)) == 100
+        assert buffer == due[start : start + 100]
+    assert proxy.requests.total() - before == 10
+    assert len(plain._idle) == 1
+    buffer = bytearray(100)
+    assert plain.read_into(there.path(name), len(due) - 30, memoryview(buffer)) == 30  # the file ends there
+    assert buffer[:30] == due[-30:]
+
+
+@pytest.mark.parametrize("library", ["fsspec"], indirect=True)
+def test_a_connection_that_the_server_closed_meanwhile_is_no_failure(use: Use, s3: Server, uploaded: str) -> None:
+    there, name = folder(uploaded), "shard-00000.tar"
+    plain, buffer = _plain(there), memoryview(bytearray(10))
+    assert plain
+    assert plain.read_into(there.path(name), 0, buffer) == 10
+    plain._idle[0].sock.shutdown(2)
+    assert plain.read_into(there.path(name), 0, buffer) == 10
+    storage.retried.clear()
+    assert len(there.read(name, 0, 10)) == 10
+    assert not storage.retried
+
+
+@pytest.mark.parametrize("library", ["fsspec"], indirect=True)
+def test_what_a_plain_request_cannot_do_is_left_to_s3fs(
+    use: Use, uploaded: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, name, buffer = folder(uploaded), "shard-00000.tar", memoryview(bytearray(10))
+    plain = _plain(there)
+    assert plain
+    assert plain.read_into(there.path("nothing"), 0, buffer) is None  # 404: s3fs says what is wrong
+    assert plain.read_into(there.path(name), 10**9, buffer) is None  # 416
+    plain._addresses[there.path(name)] = urlsplit(f"{proxy.endpoint}/{there.path(name)}?X-Amz-Expires=1"), math.inf
+    assert plain.read_into(there.path(name), 0, buffer) is None  # an address that is good no more
+    assert plain.read_into(there.path(name), 0, buffer) == 10  # is asked for again
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert plain.read_into(there.path(name), 0, buffer) is None
+    monkeypatch.delenv("http_proxy")
+    use(options={"key": KEY, "secret": SECRET, "client_kwargs": {"region_name": "us-east-1"}})
+    assert _plain(folder(uploaded)) is None
+    assert folder(uploaded).read(name, 0, 5)
 
 
 STEPS = 60

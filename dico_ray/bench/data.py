@@ -3,7 +3,8 @@
 Every reader first goes through the data once untimed (processes started, pages cached), then again and again for at
 least five seconds, timed from the first call to the last row. The stream's epochs are one stream of a million rows
 or more, as in training: its start, some two seconds of Ray Data's, is in its figure once. Before that it runs once
-untimed, while its memory is watched. From an object store the rival is the library (storage.library) by itself.
+untimed, while its memory is watched. From an object store the rivals are the libraries by themselves: the one that
+storage.library names, and the other.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _CLASSES = 1000
 _SHARD_SAMPLES = 4096
 _CHUNK_BYTES = 4 * 2**20
 _RANGE_REQUESTS = 8
+_LIBRARIES = ("fsspec", "pyarrow")  # of storage.library
 _STREAM_SAMPLES = 2**20  # at least so many, in whole epochs
 _LEAST_SECONDS = 5.0
 
@@ -125,7 +127,7 @@ def measure(config: Config, manifest: Manifest, storage: Storage, rivals: bool) 
             readers["webdataset_loader"] = _webdataset_rows(shards)
             readers["read_webdataset"] = lambda: read_webdataset_rows(shards)
     else:
-        readers["library_read"] = lambda: library_read_rows(storage, manifest)
+        readers |= {f"{name}_alone": _library_rows(storage, manifest, name) for name in _libraries(storage, rivals)}
     rates, memory = {}, Memory()
     for name, reader in readers.items():
         with memory if name == "stream" else nullcontext():  # watching costs time: not in the timed pass
@@ -161,9 +163,17 @@ def plain_read_rows(storage: Storage, manifest: Manifest) -> int:
     return manifest.count
 
 
-def library_read_rows(storage: Storage, manifest: Manifest) -> int:
+def _libraries(storage: Storage, rivals: bool) -> tuple[str, ...]:
+    return _LIBRARIES if rivals else (storage.settings.library,)
+
+
+def _library_rows(storage: Storage, manifest: Manifest, name: str) -> Callable[[], int]:
+    library = storage.reached_by(name).library
+    return lambda: library_read_rows(storage, manifest, library)
+
+
+def library_read_rows(storage: Storage, manifest: Manifest, library: Any) -> int:
     """The ranges that the stream reads, as many at a time, by the library alone, which opens each shard once."""
-    library = storage.library
 
     def read(shard: Shard) -> None:
         path, first = storage.path(shard.name), 0

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -37,9 +39,12 @@ class Samples:
 
     def pick(self, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
         """Latents of the samples at `places`, each with its flip: (len(places), C, H, W), copied once."""
+        return self.items(places, flips).view(np.float16).reshape(len(places), *self.latents.shape[2:])
+
+    def items(self, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """The same as (len(places),) items of raw bytes, C * H * W float16 values in each."""
         n, f, *shape = self.latents.shape
-        whole = self.latents.reshape(n, f, -1).view(f"V{2 * int(np.prod(shape))}")[..., 0]  # a sample as one item
-        return whole[places, flips].view(np.float16).reshape(len(places), *shape)
+        return self.latents.reshape(n, f, -1).view(f"V{2 * int(np.prod(shape))}")[..., 0][places, flips]
 
 
 class Scratch:
@@ -55,35 +60,66 @@ class Scratch:
         return self._array[:size]
 
 
+_parsing = threading.Lock()  # numpy parses headers as Python, which Python 3.11 cannot do in several threads at a time
+_idle: list[Scratch] = []  # this process's memory for chunks' bytes: one for each request at a time
+
+
 def read_chunks(
-    storage: Storage, manifest: Manifest, chunks: Sequence[int], cache: ChunkCache | None = None,
-    scratch: Scratch | None = None,
-) -> Samples:  # fmt: skip
-    """The samples of these chunks, one after the other, checked against the manifest's hashes.
+    storage: Storage, manifest: Manifest, chunks: Sequence[int], cache: ChunkCache | None = None
+) -> Samples:
+    """The samples of these chunks, one after the other. Raises ShardError as `each_chunk` does."""
+    sizes = manifest.chunk_sizes
+    ends = np.cumsum([sizes[chunk] for chunk in chunks]).tolist()
+    latents = np.empty((ends[-1], manifest.flips, manifest.channels, *manifest.latent_size), np.float16)
+    labels = np.empty(ends[-1], np.int64)
 
-    scratch: memory for the archives' bytes; what is returned may lie in it, and lasts until it is used again.
-    Raises ShardError, naming shard and offset, if bytes are missing or differ, or a label is out of range.
+    def keep(number: int, samples: Samples) -> None:
+        rows = slice(ends[number] - len(samples.labels), ends[number])
+        latents[rows], labels[rows] = samples.latents, samples.labels
+
+    each_chunk(storage, manifest, chunks, keep, cache)
+    return Samples(latents, labels)
+
+
+def each_chunk(
+    storage: Storage, manifest: Manifest, chunks: Sequence[int], use: Callable[[int, Samples], None],
+    cache: ChunkCache | None = None,
+) -> None:  # fmt: skip
+    """Calls use(i, the samples of chunks[i]) for each chunk once it was read and checked against the manifest's hash.
+
+    The calls come from several threads, in any order, while other chunks are on their way: the bytes are still in the
+    processor's cache. The samples last until the call returns; then their memory is used again.
+    Raises ShardError, naming shard and offset, if bytes are missing or differ, or a label is out of range; chunks that
+    were not begun are then left, and no thread stays.
     """
-    spans = [manifest.span(chunk) for chunk in chunks]
-    ends = np.cumsum([stop - start for _, _, start, stop in spans])
-    raw = (scratch or Scratch()).take(int(ends[-1]))
-    buffer = memoryview(raw)  # pyright: ignore[reportArgumentType]
-    pieces = [buffer[end - (stop - start) : end] for end, (_, _, start, stop) in zip(ends.tolist(), spans, strict=True)]
+
+    def read(number: int, chunk: int) -> None:
+        _, _, start, stop = manifest.span(chunk)
+        scratch = _idle.pop() if _idle else Scratch()
+        try:
+            raw = scratch.take(stop - start)
+            _fill(storage, manifest, chunk, memoryview(raw), cache)  # pyright: ignore[reportArgumentType]
+            use(number, _parsed(raw, manifest, where(storage, manifest, chunk)))
+        finally:
+            _idle.append(scratch)
+
     with ThreadPoolExecutor(_RANGE_REQUESTS) as pool:
-        list(pool.map(lambda chunk, piece: _fill(storage, manifest, chunk, piece, cache), chunks, pieces))
+        list(pool.map(read, range(len(chunks)), chunks))
 
-    def named(row: int) -> str:
-        return _sample_at(storage, manifest, chunks, row)
 
+def _parsed(raw: np.ndarray, manifest: Manifest, where: str) -> Samples:
+    """One chunk's bytes -> columns. Raises ShardError."""
     if manifest.layout == "strided":
-        found = _strided(raw.reshape(-1, manifest.sample_bytes), manifest, named)
+        found = _strided(raw.reshape(-1, manifest.sample_bytes), manifest, where)
     else:
-        parts = [
-            general_samples(piece, manifest, where(storage, manifest, chunk))
-            for chunk, piece in zip(chunks, pieces, strict=True)
-        ]
-        found = Samples(np.concatenate([p.latents for p in parts]), np.concatenate([p.labels for p in parts]))
-    _check_labels(found.labels, manifest, named)
+        found = general_samples(memoryview(raw), manifest, where)  # pyright: ignore[reportArgumentType]
+    wrong = (found.labels < 0) | (found.labels >= len(manifest.classes))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ShardError(
+            f"{_named(where, row)}: its label {found.labels[row]} lies outside the {len(manifest.classes)} classes of "
+            "the manifest"
+        )
     return found
 
 
@@ -117,30 +153,27 @@ def _fill(storage: Storage, manifest: Manifest, chunk: int, buffer: memoryview, 
     raise ShardError(f"{at}: hash {found}, the manifest says {digest}; the shard was changed")
 
 
-def _sample_at(storage: Storage, manifest: Manifest, chunks: Sequence[int], row: int) -> str:
-    """Names the sample that is number `row` of these chunks."""
-    for chunk in chunks:
-        if row < manifest.chunk_sizes[chunk]:
-            return f"{where(storage, manifest, chunk)}: sample {row} of the chunk"
-        row -= manifest.chunk_sizes[chunk]
-    raise IndexError(row)
+def _named(where: str, row: int) -> str:
+    return f"{where}: sample {row} of the chunk"
 
 
-def _strided(rows: np.ndarray, manifest: Manifest, named: Callable[[int], str]) -> Samples:
-    """(N, sample_bytes) bytes of equally long samples -> columns, by strides. named(i): sample i, in errors."""
+def _strided(rows: np.ndarray, manifest: Manifest, where: str) -> Samples:
+    """(N, sample_bytes) bytes of equally long samples -> columns, by strides."""
     array_at = 3 * _BLOCK
-    shape, dtype, size = npy_header(rows[0, array_at:].tobytes(), named(0))
     due = (manifest.flips, manifest.channels, *manifest.latent_size)
-    if size != _NPY_HEADER or dtype != np.float16 or shape != due:
-        raise ShardError(f"{named(0)}: latents are {dtype} {shape}, the manifest says float16 {due}; encode again")
     headers = np.ascontiguousarray(rows[:, array_at : array_at + _NPY_HEADER]).view(f"V{_NPY_HEADER}").ravel()
+    shape, dtype, size = npy_header(headers[0].tobytes(), _named(where, 0))
+    if size != _NPY_HEADER or dtype != np.float16 or shape != due:
+        raise ShardError(
+            f"{_named(where, 0)}: latents are {dtype} {shape}, the manifest says float16 {due}; encode again"
+        )
     other = headers != headers[0]
     if other.any():
-        raise ShardError(f"{named(int(other.argmax()))} breaks the fixed layout: its .npy header differs")
+        raise ShardError(f"{_named(where, int(other.argmax()))} breaks the fixed layout: its .npy header differs")
     texts = np.ascontiguousarray(rows[:, _BLOCK : _BLOCK + _LABEL_BYTES]).view(f"S{_LABEL_BYTES}").ravel()
     wrong = ~np.char.isdigit(texts)
     if wrong.any():
-        raise ShardError(f"{named(int(wrong.argmax()))}: its label is not a whole number")
+        raise ShardError(f"{_named(where, int(wrong.argmax()))}: its label is not a whole number")
     labels = texts.astype(np.int64)
     start = array_at + _NPY_HEADER
     values = rows[:, start : start + 2 * int(np.prod(shape))].view(np.float16)
@@ -167,16 +200,27 @@ def general_samples(data: memoryview, manifest: Manifest, where: str) -> Samples
 
 def npy_header(data: memoryview | bytes, where: str) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, bytes of the header) of a .npy file in C order. Raises ShardError; pickled objects too."""
-    file = io.BytesIO(data[:4096])
+    head = bytes(data[:4096])
+    length = (
+        10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
+    )
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file, max_header_size=4096)
+        shape, fortran, dtype, size = _npy_header(head[:length])
     except (ValueError, EOFError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
         raise ShardError(f"{where}: no plain .npy array ({' '.join(str(error).split())[:200]})") from None
     if fortran or dtype.hasobject:
         raise ShardError(f"{where}: a .npy array of {dtype}{' in Fortran order' if fortran else ''} is refused")
-    return shape, dtype, file.tell()
+    return shape, dtype, size
+
+
+@lru_cache(maxsize=256)
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, Fortran order, dtype, bytes of the header); numpy's errors."""
+    file = io.BytesIO(data)
+    with _parsing:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return *read(file, max_header_size=4096), file.tell()
 
 
 def npy_array(data: memoryview, where: str) -> np.ndarray:
@@ -214,12 +258,3 @@ def label_index(data: memoryview, kind: str, classes: Sequence[str], where: str)
     if value not in classes:
         raise ShardError(f"{where}: {value[:80]!r} is not one of the manifest's {len(classes)} classes")
     return classes.index(value)
-
-
-def _check_labels(labels: np.ndarray, manifest: Manifest, named: Callable[[int], str]) -> None:
-    wrong = (labels < 0) | (labels >= len(manifest.classes))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ShardError(
-            f"{named(row)}: its label {labels[row]} lies outside the {len(manifest.classes)} classes of the manifest"
-        )

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import tarfile
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from webdataset import WebDataset
 
 from dico_ray.config import ConfigError
+from dico_ray.data import reader
 from dico_ray.data.reader import Samples, read_chunks
 from dico_ray.data.shards import MANIFEST, Manifest, ShardError, sample_bytes, write_shard
 from dico_ray.storage import Storage
@@ -205,6 +210,28 @@ def headed(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def test_headers_are_read_in_many_threads() -> None:
+    """Python 3.11's parser, which numpy takes for them, fails if another thread gets a turn within it."""
+    heads = [headed(np.zeros((n, 4), np.float16)) for n in range(1, 200)]
+
+    def read(_: int) -> None:
+        for n, head in enumerate(heads, 1):
+            assert reader.npy_header(head, "here")[0] == (n, 4)
+
+    def give_way(*_: object) -> None:
+        time.sleep(1e-4)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(give_way)
+    gc.set_threshold(30)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(8)))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(give_way)
+
+
 @pytest.mark.parametrize(
     ("header", "says"),
     [
@@ -356,3 +383,26 @@ def test_through_an_object_store() -> None:
             read_chunks(storage, manifest, [0])
     finally:
         storage.remove(MANIFEST)
+
+
+def test_a_chunk_that_fails_ends_the_others_and_no_thread_stays(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    manifest = data_set(storage, [40], 1)
+    damaged = bytearray(storage.read("shard-00000.tar"))
+    damaged[5 * manifest.sample_bytes + 2000] ^= 1
+    storage.write("shard-00000.tar", bytes(damaged))
+    seen: list[int] = []
+
+    def use(number: int, samples: reader.Samples) -> None:
+        time.sleep(0.02)
+        assert len(samples.labels) == 1
+        seen.append(number)
+
+    with pytest.raises(ShardError, match=rf"shard-00000\.tar at byte {5 * manifest.sample_bytes}: hash"):
+        reader.each_chunk(storage, manifest, range(40), use)
+    assert 5 <= len(set(seen)) < 39
+    assert 5 not in seen
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    reader.each_chunk(storage, manifest, [0, 1], use)  # and the next reading is none the worse
+    # As many chunks lie in memory as there are requests at a time, however many are read.
+    assert len(reader._idle) <= reader._RANGE_REQUESTS

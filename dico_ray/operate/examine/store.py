@@ -94,5 +94,5 @@ def _rate(check: str, node: str, rate: float | str, where: str, rights: str) -> 
         return Finding(check, node, "bad", rate, rights)
     warn, bad = _SLOW_MB_S
     fault: Verdict | None = "bad" if rate < bad else "warning" if rate < warn else None
-    return unless(fault, check, node, f"{rate:,.0f} MB/s at {where}", "take a store in the cluster's region, or see "
-                  "storage.library: pyarrow reads faster than fsspec")  # fmt: skip
+    return unless(fault, check, node, f"{rate:,.0f} MB/s at {where}", "take a store in the cluster's region, and see "
+                  "storage.library and storage.options")  # fmt: skip
