@@ -52,7 +52,7 @@ class WindowReader:
 
     def __call__(self, batch: Any) -> Iterator[dict[str, np.ndarray]]:
         """Windows counted from the first one, {"id": (N,)} -> N * world_size blocks of rows, rank by rank."""
-        scratch = Scratch()
+        scratch = None
         for number in batch["id"]:
             scratch = _idle.pop() if _idle else Scratch()
             began, tries = time.monotonic(), retried.total()
@@ -66,7 +66,8 @@ class WindowReader:
             share = len(rows["row"]) // self.world_size
             for start in range(0, len(rows["row"]), share):
                 yield {name: column[start : start + share] for name, column in rows.items()}
-        _idle.append(scratch)  # not before: only once the task has ended are its blocks surely stored
+        if scratch:  # not before, and so only the last window's: once the task has ended its blocks are surely stored
+            _idle.append(scratch)
 
     def rows(self, window: int, scratch: Scratch) -> dict[str, np.ndarray]:
         """A window's rows, rank by rank: step, row, key, label (R,) and latents (R, C, H, W), which lie in `scratch`.
@@ -135,10 +136,8 @@ def training_dataset(config: Config, manifest: Manifest, start_step: int) -> ray
     storage = Storage(config.data.latents)
     cache = ChunkCache(config.data.cache, int(config.data.cache_gb * 1e9)) if config.data.cache else None
     reader = WindowReader(storage, manifest, order, train.world_sizes[0], train.flip, first, cache, config.run.name)
-    own = {
-        "num_cpus": READ_TASK_CPUS,
-        "concurrency": config.data.read_tasks,
-    }  # the same of both: then they are one task
+    # The same of both: then they are one task.
+    own = {"num_cpus": READ_TASK_CPUS, "concurrency": config.data.read_tasks}
     dataset = ray.data.read_datasource(_Windows(windows), override_num_blocks=min(windows, _MOST_TASKS), **own)
     # A task's blocks leave one by one, each as yielded: larger than the target, so that none is merged with the
     # next, and under 1.5 times the target, so that none is cut.

@@ -70,6 +70,10 @@ def _settings() -> StorageSettings:
     return StorageSettings.model_validate(json.loads(os.environ.get(_ENVIRONMENT, "{}")))
 
 
+def _bare(fs: fsspec.AbstractFileSystem) -> Any:
+    return fs.fs if isinstance(fs, ArrowStore) else fs
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder by local path or URL (`s3://bucket/folder`). Pickles as its URL, so tasks can take it along.
@@ -107,14 +111,11 @@ class Storage:
     @property
     def library(self) -> Any:
         """What requests go through: an fsspec file system, or pyarrow's own."""
-        fs = self._open[0]
-        return fs.fs if isinstance(fs, ArrowStore) else fs
+        return _bare(self._open[0])
 
-    def reached_by(self, library: str) -> Storage:
-        """The same folder by another library, in this process."""
-        other = Storage(self.url)
-        other.__dict__["settings"] = self.settings.model_copy(update={"library": library})
-        return other
+    def another_library(self, name: str) -> Any:
+        """The same by another storage.library."""
+        return _bare(open_store(self.url, self.settings.model_copy(update={"library": name}))[0])
 
     def for_arrow(self) -> tuple[Any, str]:
         """The folder as libraries built on pyarrow.fs take it: (file system or None for a local one, path)."""

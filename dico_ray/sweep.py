@@ -76,7 +76,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
 
 def metric_of(config: Config) -> str:
     """What is minimised. Raises ConfigError if training with this config does not log it."""
-    validates = bool(getattr(config.train, "validate_every", None))
+    validates = config.train.validate_every is not None
     logged = ["loss", "mse", "vb", *(["val_loss"] if validates else [])]
     metric = config.sweep.metric or logged[-1 if validates else 0]
     if metric not in logged:

@@ -168,7 +168,7 @@ def _libraries(storage: Storage, rivals: bool) -> tuple[str, ...]:
 
 
 def _library_rows(storage: Storage, manifest: Manifest, name: str) -> Callable[[], int]:
-    library = storage.reached_by(name).library
+    library = storage.another_library(name)
     return lambda: library_read_rows(storage, manifest, library)
 
 

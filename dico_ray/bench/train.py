@@ -132,6 +132,7 @@ def measure_engine(
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network, train = ways.make_dico(config, device), config.train
+    # Compared before DeepSpeed takes the network over: at stage 3 its weights are gathered in training passes alone.
     use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
     apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()

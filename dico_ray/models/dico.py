@@ -131,12 +131,14 @@ class DiCo(nn.Module):
 
     def _prepare_graphs(self, x: Tensor) -> None:
         """Has the stages captured for these latents `(B, C, H, W)`, if `graph_stages` asked for graphs."""
-        graphs, width = self.encoder_level_1.graphs, self.x_embedder.proj.out_channels
+        graphs = self.encoder_level_1.graphs
         if graphs is None:
             return
-        batch, _, height, side = x.shape
-        sizes = ((1, width), (2, 2 * width), (4, 4 * width), (2, 2 * width), (1, 2 * width))
-        shapes = [(batch, height // by, side // by, channels) for by, channels in sizes]
+        batch, _, height, width = x.shape
+        shapes = [
+            (batch, height // by, width // by, stage.channels)
+            for stage, by in zip(self._stages(), (1, 2, 4, 2, 1), strict=True)
+        ]
         graphs.prepare(shapes, x.device, self.dtype)
 
     def _conditions(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -166,6 +166,7 @@ class Stage(nn.ModuleList):
 
     def __init__(self, channels: int, depth: int, ffn_ratio: int) -> None:
         super().__init__(Block(channels, ffn_ratio) for _ in range(depth))
+        self.channels = channels
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         replayed = self.graphs.run(self, x, condition) if self.graphs else None

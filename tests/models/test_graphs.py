@@ -122,6 +122,10 @@ def test_the_engine_takes_the_same_steps(stage: int, precision: str, offload: bo
             loss = diffusion.training_losses(engine, x, t, torch.randn_like(x), y=y)["loss"].mean()
             norm = engine.backward(loss)
             curve += [float(loss)] + ([] if norm is None else [float(norm)])
+        if graphs:
+            captured = network.latent.graphs
+            assert captured
+            assert [one.replays for one in captured._captured.values()] == [12] * 5
         curves.append(np.array(curve + [float(f.weight.norm()) for f in engine.fragments()]))
         engine.close()
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5 if precision == "fp32" else 1e-3)

@@ -50,6 +50,8 @@ def test_memory_of_one_billion_by_stage() -> None:
     assert [m.weights / n for m in full] == [4, 4, 4, 1]
     assert [m.gradients / n for m in full] == [4, 4, 1, 1]
     assert [m.optimizer / n for m in full] == [8, 3, 3, 3]
+    graphs = [state_memory(n, stage, workers, "bf16", graphs=True).gradients for stage in range(3)]
+    assert [more - m.gradients for more, m in zip(graphs, told, strict=False)] == [2 * n] * 3
     for stages in (told[1:], full[1:]):
         assert [m.total for m in stages] == sorted((m.total for m in stages), reverse=True)
 

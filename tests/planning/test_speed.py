@@ -35,6 +35,12 @@ def test_a_measured_row_is_its_own_forecast(kernels: str, what: str) -> None:
     assert time.least_s == time.most_s == time.seconds
 
 
+@pytest.mark.parametrize("settings", [{"cuda_graphs": True}, {"kernels": "auto", "recompute_gelu": False}])
+def test_a_row_of_other_settings_is_no_measurement(settings: dict[str, Any]) -> None:
+    """Compiled blocks were measured without graphs, fused ones making the GELU again."""
+    assert timed(planned("dico-h-256", **settings), 64).basis == "extrapolated"
+
+
 @pytest.mark.parametrize("workers", [2, 8])
 def test_one_gpus_row_is_no_measurement_of_several(workers: int) -> None:
     """Their own work is foreseen to be the same; what they lose to each other no such row tells."""

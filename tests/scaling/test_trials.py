@@ -66,6 +66,12 @@ def test_what_is_compared_gets_the_same_rates_and_is_kept_apart() -> None:
     assert trials.title(_config(), alone[0]) == "w32"
 
 
+def test_the_path_that_computes_a_trial_is_not_in_its_name() -> None:
+    keys = {trials.planned(_config().model_copy(update={"model": _config().model.model_copy(update={"kernels": k})}),
+                           "x1")[0].key for k in ("auto", "torch")}  # fmt: skip
+    assert len(keys) == 1
+
+
 def test_names_of_trials_know_the_base_width_where_it_is_used() -> None:
     plain, same = (trials.planned(_config({"base_width": width}), "x1")[0] for width in (None, 16))
     mup, other = (

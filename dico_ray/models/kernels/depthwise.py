@@ -127,7 +127,7 @@ def _depthwise_backward(
         s20 += x_below * d0
         s21 += x_below * d1
         s22 += x_below * d2
-        x_above = x_here + 0.0  # a plain copy of a loop's value is taken for its first value by Triton 3.6 to 3.8
+        x_above = x_here + 0.0  # Triton 3.6 and 3.8 take a plain copy of a loop's value for its first value
         x_here = x_below
         sum_bias += tl.where((row >= first) & (row < last), d1, 0.0)
         done = above + d0 * w00 + d1 * w01 + d2 * w02
