@@ -91,6 +91,13 @@ _BENCH_NETWORK = (
     ),
     *_BENCH_KERNELS,
 )
+_BENCH_SCALING = (
+    Option("--workers", _integers, "1,2", "numbers of workers, as [1,2,4]"),
+    Option("--stages", _integers, "1,2,3", "ZeRO stages"),
+    Option("--micro_batches", _integers, "64", "images that a worker computes at a time; each is measured"),
+    Option("--steps", int, 3, "optimizer steps that each is timed for"),
+    Option("--json", str, "", "file for the figures"),
+)
 _CONVERT = (
     Option("source", str, None, "folder or URL to read"),
     Option("target", str, None, "folder or URL to write"),
@@ -176,6 +183,8 @@ VERBS: dict[str, Verb] = {
                          ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
     "bench train": Verb("bench.train", "images/s of training on one GPU: released, compiled, fused, and a DiT",
                         ("run", "model", "train", "resources"), _BENCH_NETWORK),
+    "bench scaling": Verb("bench.scaling", "training's rate by number of workers and ZeRO stage, on a cluster",
+                          ("run", "model", "train", "resources"), _BENCH_SCALING),
     "bench forward": Verb("bench.forward", "the same of the network's forward pass alone",
                           ("run", "model", "resources"), _BENCH_NETWORK),
     "bench kernels": Verb("bench.kernels", "each Triton kernel beside the time that its bytes take, on one GPU",

@@ -106,6 +106,12 @@ def make_dico(config: Config, device: torch.device) -> DiCo:
     return network
 
 
+def step_of(config: Config, batch: int, workers: int) -> dict[str, int]:
+    """Settings of a step of whole micro-batches on so many workers, of about train.global_batch images."""
+    accumulate = max(1, config.train.global_batch // (batch * workers))
+    return {"global_batch": accumulate * batch * workers, "micro_batch": batch}
+
+
 def image_flops(variant: str, config: Config) -> float:
     """Of one image's forward pass."""
     return forward_flops(config.model) if variant == "rival" else 2 * forward_macs(config.model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,12 @@ def main(
     device = ways.device_of(config)
     print(ways.HEADER)
 
+    def timed(call: Callable[[], Any], device: torch.device) -> float:
+        return ways.seconds_of(call, device, seconds)
+
     def measure(variant: str, batch: int, expected: Tensor) -> dict[str, Any]:
         if variant == "engine":
-            return measure_engine(config, device, batch, seconds, expected)
+            return measure_engine(config, device, batch, timed, expected)
         return measure_training(variant, config, device, batch, seconds, expected)
 
     rows = ways.each_way(config, device, variants, micro_batches, measure)
@@ -121,20 +124,31 @@ def measure_training(
 
 
 def measure_engine(
-    config: Config, device: torch.device, batch: int, seconds: float, expected: Tensor
+    config: Config,
+    device: torch.device,
+    batch: int,
+    timed: Callable[[Callable[[], Any], torch.device], float],
+    expected: Tensor | None,
 ) -> dict[str, Any]:
-    """The row "engine": whole optimizer steps, on one worker, at train.zero_stage. Raises as `prepare`."""
+    """The row "engine": whole optimizer steps at train.zero_stage, on the workers that there are. Raises as `prepare`.
+
+    timed: mean seconds of a call, which every worker makes as often. expected: the plain network's output; None: it is
+    not compared. Rates, TFLOP/s and memory are a worker's.
+    """
     from dico_ray.training.ema import EMA
     from dico_ray.training.prepare import prepare
 
-    accumulate = max(1, config.train.global_batch // batch)
-    sizes = {"global_batch": accumulate * batch, "micro_batch": batch, "num_workers": 1}
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    sizes = {**ways.step_of(config, batch, workers), "num_workers": workers}
+    accumulate = sizes["global_batch"] // (batch * workers)
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network, train = ways.make_dico(config, device), config.train
-    # Compared before DeepSpeed takes the network over: at stage 3 its weights are gathered in training passes alone.
-    use_kernels(network, config.model.kernels, device, train.zero_stage, train.recompute_gelu)
-    apart = ways.difference("engine", network, config, device, expected)
+    apart = None
+    if expected is not None:
+        # Before DeepSpeed takes the network over: at stage 3 its weights are gathered in training passes alone.
+        use_kernels(network, config.model.kernels, device, train.recompute_gelu)
+        apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)
     with _group_of_one(device):
@@ -150,7 +164,7 @@ def measure_engine(
         step()
         ways.synchronize(device)
         first = time.perf_counter() - began
-        took = ways.seconds_of(step, device, seconds)
+        took = timed(step, device)
         classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
         engine.close()
     flops = _FLOPS_OF_FORWARD * ways.image_flops("engine", config)

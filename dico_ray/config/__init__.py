@@ -76,11 +76,6 @@ class Config(Section):
                 f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
                 "and only checkpoints are evaluated; change one of them"
             )
-        if self.model.kernels == "triton" and train.zero_stage == 3:
-            raise ValueError(
-                "model.kernels: triton does not go with train.zero_stage 3, which gathers weights layer by layer; "
-                "take auto or torch, or another stage"
-            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

@@ -50,7 +50,7 @@ class Model(Section):
     latent_size: int = Field(32, ge=4, multiple_of=4)
     "Height and width of a latent (image size over the autoencoder's factor); a multiple of 4."
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    "Fused kernels in Triton, or plain PyTorch. auto: Triton where it runs: on GPUs, not at ZeRO stage 3."
+    "Fused kernels in Triton, or plain PyTorch. auto: Triton where it runs: on GPUs."
 
     @model_validator(mode="after")
     def _known(self) -> Model:

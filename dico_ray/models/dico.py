@@ -25,6 +25,9 @@ from dico_ray.models.layers import (
 )
 
 EMBEDDING_STD = 0.02
+UNITS = (Block, FinalLayer)
+"""Modules that compute as one, by operators that take weights of all their layers: where weights are sharded, those
+of a unit have to be gathered together."""
 
 
 class DiCo(nn.Module):
@@ -220,10 +223,8 @@ def graph_stages(model: DiCo, lend_gradients: bool) -> None:
         stage.graphs = graphs
 
 
-def use_kernels(
-    model: DiCo, setting: str, device: torch.device, zero_stage: int = 0, recompute_gelu: bool = True
-) -> str:
-    """Makes the blocks and the head take the path that model.kernels asks for, on this device and at this ZeRO stage.
+def use_kernels(model: DiCo, setting: str, device: torch.device, recompute_gelu: bool = True) -> str:
+    """Makes the blocks and the head take the path that model.kernels asks for, on this device.
 
     setting: auto, triton or torch. recompute_gelu: whether fused blocks make the feed-forward GELU again for their
     backward pass instead of keeping it. Returns a line that says which path runs, and why.
@@ -231,7 +232,7 @@ def use_kernels(
     Raises:
         ConfigError: triton is asked for and cannot run here.
     """
-    fused, why = choose(setting, device, model.dtype, zero_stage)
+    fused, why = choose(setting, device, model.dtype)
     for module in model.modules():
         if isinstance(module, Block | FinalLayer):
             module.fused = fused

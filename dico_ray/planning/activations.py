@@ -49,8 +49,8 @@ PATHS: dict[str, Saved] = {
 
 
 def path_of(config: Config, stage: int) -> str:
-    """The row of `PATHS` that a run takes on GPUs: fused by setting, else compiled; neither at ZeRO stage 3."""
-    if config.model.kernels != "torch" and stage < 3:
+    """The row of `PATHS` that a run takes on GPUs: fused by setting, else compiled, but not at ZeRO stage 3."""
+    if config.model.kernels != "torch":
         return "fused" if config.train.recompute_gelu else "fused, GELU kept"
     return "compiled" if config.train.compile and stage < 3 else "eager"
 

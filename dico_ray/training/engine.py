@@ -82,17 +82,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, config: Train, device: torch.device, rates: Mapping[str, float] | None = None
+        self,
+        model: nn.Module,
+        config: Train,
+        device: torch.device,
+        rates: Mapping[str, float] | None = None,
+        units: Sequence[type[nn.Module]] = (),
     ) -> None:
         """model: fp32 weights, the same on every rank. Takes the model over: it is moved and may be sharded.
 
         rates: by parameter name, what its learning rate is multiplied by, 1 where none is given; weight decay takes
-        the same part of each weight all the same.
+        the same part of each weight all the same. units: types of modules whose weights stage 3 gathers when the
+        module is called, all at once; elsewhere it gathers a layer's when the layer is.
         Every step takes config.global_batch samples, in micro-batches of config.micro_batch_on(world size).
         """
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
 
         # DeepSpeed would compile a shared-memory all-reduce for CPU workers: a minute, and a C++ compiler, for nothing.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -117,6 +124,8 @@ class Engine:
         self._adam: Any = optimizer
         self.set_lr(config.lr)
         parameters = sum(p.numel() for p in model.parameters())
+        if self._stage == 3 and units:
+            set_z3_leaf_modules(model, list(units))
         self._deepspeed: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=self._settings(parameters)
         )[0]

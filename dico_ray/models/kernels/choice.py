@@ -10,18 +10,17 @@ import torch
 from dico_ray.config import ConfigError
 
 
-def choose(setting: str, device: torch.device, dtype: torch.dtype, zero_stage: int = 0) -> tuple[bool, str]:
+def choose(setting: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """model.kernels (auto, triton or torch) -> whether the kernels run, and a line that says so.
 
-    auto: the kernels wherever they can run. zero_stage: of training; at 3 DeepSpeed gathers a layer's weights when
-    the layer is called, and a fused block calls none of its layers.
+    auto: the kernels wherever they can run.
 
     Raises:
         ConfigError: the setting is triton, and the kernels cannot run here.
     """
     if setting == "torch":
         return False, "plain PyTorch (model.kernels torch)"
-    missing = _missing(device, dtype, zero_stage)
+    missing = _missing(device, dtype)
     if not missing:
         return True, "Triton (fused blocks)"
     if setting == "triton":
@@ -29,10 +28,8 @@ def choose(setting: str, device: torch.device, dtype: torch.dtype, zero_stage: i
     return False, f"plain PyTorch ({missing})"
 
 
-def _missing(device: torch.device, dtype: torch.dtype, zero_stage: int) -> str:
+def _missing(device: torch.device, dtype: torch.dtype) -> str:
     """What the kernels lack; empty: nothing."""
-    if zero_stage == 3:
-        return "train.zero_stage is 3, which gathers weights layer by layer"
     if device.type != "cuda" and not interpreted():
         return f"the network is on {device.type}, not on a GPU"
     if find_spec("triton") is None:

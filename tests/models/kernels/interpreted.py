@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dico_ray.bench import kernels as kernels_bench
-from dico_ray.models import create_model, use_kernels
+from dico_ray.models import UNITS, create_model, use_kernels
 from dico_ray.models.kernels.block import block, norm_modulate
 from dico_ray.settings import build
 from tests.models.kernels import cases
@@ -157,10 +157,13 @@ def test_a_block_keeps_what_its_docstring_says(ratio: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.usefixtures("one_process")
 def test_training_steps_by_the_engine_are_those_of_plain_pytorch(stage: int) -> None:
-    """DeepSpeed's hooks on the parameters see the gradients of a fused block as those of its layers."""
+    """DeepSpeed's hooks on the parameters see the gradients of a fused block as those of its layers.
+
+    At stage 3 they also bring a block's weights, and take them away again.
+    """
     from dico_ray.training.engine import Engine
 
     settings = {"global_batch": 4, "micro_batch": 2, "zero_stage": stage, "precision": "fp32", "lr": 1e-2}
@@ -172,8 +175,8 @@ def test_training_steps_by_the_engine_are_those_of_plain_pytorch(stage: int) -> 
         network = create_model("DiCo-tiny", hidden_size=8, depths=(1,) * 5, num_classes=5, class_dropout_prob=0.0)
         for parameter in network.parameters():
             parameter.data = torch.randn_like(parameter) * 0.2
-        use_kernels(network, kernels, CPU, stage)
-        engine = Engine(network, config, CPU)
+        use_kernels(network, kernels, CPU)
+        engine = Engine(network, config, CPU, units=UNITS)
         norms = [engine.backward(engine(x, t, y).square().mean()) for _ in range(4)]
         found.append([norm for norm in norms if norm is not None])
         engine.close()

@@ -7,23 +7,21 @@ from dico_ray.config import ConfigError
 from dico_ray.models import create_model, use_kernels
 from dico_ray.models.kernels import choice, tiles
 from dico_ray.models.layers import Block
-from dico_ray.settings import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_takes_triton_on_gpus_and_says_why_not_elsewhere() -> None:
     assert choice.choose("auto", GPU, torch.bfloat16) == (True, "Triton (fused blocks)")
-    for device, dtype, stage, why in (
-        (CPU, torch.float32, 1, "on cpu, not on a GPU"),
-        (GPU, torch.float64, 1, "computes in float64"),
-        (GPU, torch.bfloat16, 3, "train.zero_stage is 3"),
+    for device, dtype, why in (
+        (CPU, torch.float32, "on cpu, not on a GPU"),
+        (GPU, torch.float64, "computes in float64"),
     ):
-        fused, line = choice.choose("auto", device, dtype, stage)
+        fused, line = choice.choose("auto", device, dtype)
         assert not fused
         assert why in line
         with pytest.raises(ConfigError, match=rf"model\.kernels: triton, but .*{why}"):
-            choice.choose("triton", device, dtype, stage)
+            choice.choose("triton", device, dtype)
     assert not choice.choose("torch", GPU, torch.bfloat16)[0]
 
 
@@ -41,12 +39,6 @@ def test_the_choice_reaches_every_block_and_the_head() -> None:
     assert model.final_layer.fused
     use_kernels(model, "auto", CPU)
     assert not any(getattr(module, "fused", False) for module in model.modules())
-
-
-def test_zero_stage_3_and_triton_are_refused_by_the_config() -> None:
-    with pytest.raises(ConfigError, match=r"model\.kernels: triton"):
-        build({"model": {"kernels": "triton"}, "train": {"zero_stage": 3}})
-    build({"model": {"kernels": "auto"}, "train": {"zero_stage": 3}})
 
 
 @pytest.mark.parametrize("images", [1, 3, 64, 256])
