@@ -114,6 +114,11 @@ def actor_options(resources: Resources, gpu: bool) -> dict[str, float]:
     return {"num_cpus": resources.actor_cpus, "num_gpus": resources.actor_gpus if gpu else 0}
 
 
+def worker_bundle(resources: Resources, gpu: bool) -> dict[str, float]:
+    """What Ray reserves for a training worker."""
+    return {"CPU": resources.worker_cpus, **({"GPU": resources.worker_gpus} if gpu else {})}
+
+
 def require_pool(resources: Resources, gpu: bool) -> None:
     """Raises ConfigError if the whole cluster could never hold the pool."""
     actors, each = resources.actors, actor_options(resources, gpu)

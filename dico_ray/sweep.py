@@ -87,7 +87,7 @@ def metric_of(config: Config) -> str:
 
 def bundles(config: Config, gpu: bool) -> list[dict[str, float]]:
     """What one trial takes of the cluster: each worker's share, and its reading task's."""
-    worker = {"CPU": config.resources.worker_cpus, "GPU": 1.0 if gpu else 0.0}
+    worker = {"GPU": 0.0, **cluster.worker_bundle(config.resources, gpu)}
     return [worker] * config.train.world_sizes[0] + [{"CPU": ingest.READ_TASK_CPUS, "GPU": 0.0}]
 
 

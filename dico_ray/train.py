@@ -69,7 +69,7 @@ def main(config: Config, *, verbose: bool = False) -> None:
     gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
     cluster.require(
         least * config.resources.worker_cpus + ingest.READ_TASK_CPUS,
-        least if gpu else 0,
+        least * config.resources.worker_gpus if gpu else 0,
         f"training with {least} workers, and a CPU share for reading data,",
         "train.num_workers or resources.worker_cpus",
     )
@@ -162,8 +162,7 @@ class _Launch:
         self._storage = self._run.at(CHECKPOINTS)
         self._name = uuid4().hex
         self._mine: Attempt | None = None
-        resources = self.config.resources
-        self._bundle = {"CPU": resources.worker_cpus, **({"GPU": 1.0} if self.gpu else {})}
+        self._bundle = cluster.worker_bundle(self.config.resources, self.gpu)
 
     def run(self) -> Checkpoint:
         """Returns the checkpoint of train.steps."""

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from dico_ray import cli, sweep
 from dico_ray.config import Config, ConfigError
+from dico_ray.planning.memory import room
 from dico_ray.recipes import resolve
 from dico_ray.settings import build
 from dico_ray.storage import Storage
@@ -159,6 +160,15 @@ def test_as_many_trials_as_have_all_their_parts_in_place(
     assert not gpu or count * workers <= sum(n["GPU"] for n in have)
     if len(have) == 1 and not gpu:  # on one node nothing is lost to how parts are placed
         assert count == int(have[0]["CPU"] / (workers * cpus + 0.5))
+
+
+def test_trials_of_small_models_share_gpus() -> None:
+    shared = build({"train": {"num_workers": 1}, "resources": {"worker_gpus": 0.25, "worker_cpus": 1}})
+    nodes = [{"CPU": 32.0, "GPU": 2.0}]
+    assert sweep.at_once(sweep.bundles(shared, gpu=True), nodes) == 8
+    whole = build({"train": {"num_workers": 1}})
+    assert sweep.at_once(sweep.bundles(whole, gpu=True), nodes) == 2
+    assert room(shared) == room(whole) / 4
 
 
 @pytest.mark.ray

@@ -113,7 +113,7 @@ def _run(
     """The rows of one number of workers."""
     rows: Any = ray.remote(_Rows).options(num_cpus=0).remote()
     task = {"config": config.model_dump(), "stages": stages, "batches": batches, "steps": steps, "rows": rows}
-    bundle = {"CPU": config.resources.worker_cpus, **({"GPU": 1.0} if gpu else {})}
+    bundle = cluster.worker_bundle(config.resources, gpu)
     with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as folder:
         TorchTrainer(
             _worker,

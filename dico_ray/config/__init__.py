@@ -76,6 +76,11 @@ class Config(Section):
                 f"evaluate.every: {every} is no multiple of train.checkpoint_every = {train.checkpoint_every}, "
                 "and only checkpoints are evaluated; change one of them"
             )
+        if self.resources.worker_gpus < 1 and train.worker_range[-1] > 1:
+            raise ValueError(
+                f"resources.worker_gpus: {self.resources.worker_gpus:g} would have two of train.num_workers = "
+                f"{train.worker_range[-1]} workers share a GPU, which NCCL refuses; take 1, or train.num_workers 1"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps: {train.warmup_steps} must be less than train.steps = {train.steps}")
         return self

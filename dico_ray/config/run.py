@@ -50,6 +50,8 @@ class Resources(Section):
     "Where networks run. auto: on GPUs if the cluster has any."
     worker_cpus: float = Field(1.0, gt=0)
     "CPUs that Ray reserves for each training worker."
+    worker_gpus: float = Field(1.0, gt=0, le=1)
+    "Share of a GPU for each training worker: below 1, trials of a sweep share GPUs. Needs train.num_workers 1 then."
     actors: int = Field(1, ge=1)
     "Size of the pool that encodes, samples or evaluates."
     actor_cpus: float = Field(1.0, gt=0)

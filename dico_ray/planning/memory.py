@@ -52,10 +52,10 @@ def gpu_of(config: Config) -> Accelerator:
 
 
 def room(config: Config) -> float:
-    """Bytes of a GPU that training's tensors may take."""
+    """Bytes of a GPU that a worker's tensors may take."""
     hardware = config.hardware
     total = hardware.memory_gb * 1e9 if hardware.memory_gb else gpu_of(config).memory
-    return total * hardware.memory_share
+    return total * hardware.memory_share * config.resources.worker_gpus
 
 
 def state_memory(

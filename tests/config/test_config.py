@@ -103,6 +103,10 @@ def test_keys_must_be_text(values: dict[Any, Any]) -> None:
         ({"train": {"ema_profiles": [0.0505]}}, ["train.ema_profiles: 0.0505", "three decimals"]),
         ({"train": {"ema_snapshot_every": 5}}, ["train.ema_snapshot_every: 5", "needs train.ema_profiles"]),
         ({"train": {"parametrization": "mup"}}, ["train.base_width: unset", "set it to the model.hidden_size"]),
+        (
+            {"train": {"num_workers": 2}, "resources": {"worker_gpus": 0.5}},
+            ["resources.worker_gpus: 0.5", "NCCL", "take 1, or train.num_workers 1"],
+        ),
         ({"sample": {"guidance_interval": [9, 1]}}, ["sample.guidance_interval: [9, 1]", "[lowest, highest]"]),
         ({"model": {"name": "DiCo-Q"}}, ["model.name: 'DiCo-Q'", "DiCo-S", "DiCo-tiny"]),
         ({"model": {"name": "two\nlines"}}, ["model.name"]),
