@@ -182,6 +182,7 @@ def provenance(config: Config, task: Task, checkpoint: Checkpoint | None) -> dic
         "features": network.hash,
         "judge": weights_hash(classifier) if classifier else None,
         "feature_precision": settings.precision,
+        "feature_compile": settings.compile,
         **settings.model_dump(include={"image_size", "split_size", "neighbours", "reference_features"}),
         "versions": {"dico_ray": __version__} | _versions(network),
     }
@@ -215,7 +216,9 @@ def _reference_hash(task: Task) -> str:
 
 def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
     """The result, by a pool on the connected Ray. Raises UserError."""
-    identity = {name: task.record[name] for name in ("features", "judge", "feature_precision", "image_size")}
+    identity = {
+        name: task.record[name] for name in ("features", "judge", "feature_precision", "feature_compile", "image_size")
+    }
     sources, most = task.sources(), config.evaluate.reference_features
     own: dict[str, dict[str, Any]] = {
         "images": {name: task.record[name] for name in ("image_hash", "samples", "count")},

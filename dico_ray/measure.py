@@ -23,6 +23,7 @@ from safetensors import torch as safetensors
 from dico_ray import cluster, pool
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.image_sets import UNKNOWN, ImageSet
+from dico_ray.data.latents import fill_up
 from dico_ray.metrics import FeatureNetwork, Features, ImageClassifier, Statistics, uint8_to_signed
 from dico_ray.progress import Progress
 from dico_ray.sample import SampleActor
@@ -68,6 +69,20 @@ class Part:
     features: Features
     labels: torch.Tensor
     read: torch.Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: list[Part]) -> Part:
+        """Of the first part's images, then the second's, and so on; at least one part."""
+        read = [part.read for part in parts if part.read is not None]
+        return cls(
+            Features.join([part.features for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat(read) if read else None,
+        )
+
+    def cpu(self) -> Part:
+        """On the host, features in float32."""
+        return Part(self.features.cpu(), self.labels.cpu(), None if self.read is None else self.read.cpu())
 
     def to_bytes(self) -> bytes:
         found = {"pool": self.features.pool, "spatial": self.features.spatial, "logits": self.features.logits,
@@ -117,14 +132,16 @@ class EvaluateActor:
     ) -> None:
         cluster.quiet()
         self._config, self._sources, self._parts, self._gpu = config, sources, parts, gpu
-        self._device = torch.device("cuda" if gpu else "cpu")
+        self.device = torch.device("cuda" if gpu else "cpu")
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
         network: Any = judges.network
-        self._network = network.to(self._device, memory_format=torch.channels_last)
-        if gpu and config.evaluate.compile:
-            self._network.compile()
-        self._classifier = judges.classifier.to(self._device) if judges.classifier else None
+        self._network = network.to(self.device, memory_format=torch.channels_last)
+        self._compiled = gpu and config.evaluate.compile
+        self._largest = 0
+        if self._compiled:
+            self._network.compile(dynamic=False)
+        self._classifier = judges.classifier.to(self.device) if judges.classifier else None
         self._sampler: SampleActor | None = None
 
     @torch.inference_mode()
@@ -132,20 +149,21 @@ class EvaluateActor:
         which, start, stop = piece
         source = self._sources[which]
         batches = self._generated(source, start, stop) if isinstance(source, Made) else self._read(source, start, stop)
-        found = [self.judge(which, pixels, labels) for pixels, labels in batches]
-        part = Part(
-            Features.join([one.features for one in found]),
-            torch.cat([one.labels for one in found]),
-            torch.cat([one.read for one in found if one.read is not None]) if self._classifier else None,
-        )
+        # The host waits for the device once a range, so that its next batch is there before one is finished.
+        part = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches]).cpu()
         self._parts[which].write(part_name(start, stop), part.to_bytes())
         return part
 
-    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of stored images; the next ones are read and decoded while one is judged."""
         batches = [(start + low, start + high) for low, high in self._cuts(stop - start)]
+
+        def read(batch: pool.Range) -> torch.Tensor:
+            pixels = torch.from_numpy(source.read(*batch))
+            return pixels.pin_memory() if self._gpu else pixels  # from where it is copied without a wait
+
         with ThreadPoolExecutor(_READERS) as readers:
-            for (low, high), pixels in zip(batches, readers.map(lambda one: source.read(*one), batches), strict=True):
+            for (low, high), pixels in zip(batches, readers.map(read, batches), strict=True):
                 yield pixels, torch.tensor(source.labels[low:high])
 
     def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -160,16 +178,27 @@ class EvaluateActor:
 
     @torch.inference_mode()
     def judge(self, which: str, pixels: np.ndarray | torch.Tensor, labels: torch.Tensor) -> Part:
-        """What is found of uint8 pixels (B, H, W, 3) with labels (B,). Raises ConfigError for another size."""
-        images = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        """What is found of uint8 pixels (B, H, W, 3) with labels (B,), on the device, which may still be at it.
+
+        Raises ConfigError for another size.
+        """
+        images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         self._check_size(which, images, self._network.image_size, "feature network")
-        tf32 = self._config.evaluate.precision == "tf32"
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            features = self._network(images).cpu()
+        precision = self._config.evaluate.precision
+        half = torch.autocast("cuda", torch.float16, enabled=self._gpu and precision == "fp16")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"), half:
+            features = self._network(self._whole(images)).first(len(images))
         if self._classifier is None:
             return Part(features, labels)
         self._check_size(which, images, self._classifier.config.image_size, "judge")
-        return Part(features, labels, self._classifier(uint8_to_signed(images)).argmax(1).cpu())
+        return Part(features, labels, self._classifier(uint8_to_signed(images)).argmax(1))
+
+    def _whole(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch as a compiled network takes it, which is made for each size: filled up to the largest yet."""
+        if not self._compiled:
+            return images
+        self._largest = max(self._largest, len(images))
+        return fill_up(images, self._largest)
 
     def _check_size(self, which: str, images: torch.Tensor, size: int | None, network: str) -> None:
         height, width = images.shape[2:]

@@ -15,7 +15,7 @@ def test_rows_are_compared_with_the_released_way() -> None:
     config = resolve("tiny-cpu", None, {"encode": {"batch_size": 8}})
     figures = encoding.measure(config, config.codec.vae, 16, gpu=False)
     rows = figures["rows"]
-    assert list(rows) == ["released", "fp32", "bf16"]
+    assert list(rows) == ["released", "fp32", "bf16", "fp16"]
     assert rows["released"]["ratio"] == 1
     assert rows["fp32"]["difference_max"] < 1e-5
     assert 0 < rows["bf16"]["difference_rms"] < 0.02
@@ -32,7 +32,7 @@ def test_the_verb_makes_its_own_autoencoder(
     config = resolve("tiny-cpu", None, {"encode": {"batch_size": 2}})
     file = tmp_path / "figures.json"
     encoding.main(config, verbose=False, images=4, vae="random", folder=str(tmp_path / "made"), json=str(file))
-    assert set(json.loads(file.read_text())["rows"]) == {"released", "fp32", "bf16"}
+    assert set(json.loads(file.read_text())["rows"]) == {"released", "fp32", "bf16", "fp16"}
     assert Storage(str(tmp_path / "made")).exists("vae/config.json")
     assert "latents move" in capsys.readouterr().out
 
