@@ -128,8 +128,10 @@ class EvaluateActor:
     """Holds the networks; turns ranges of images into Parts, and stores them."""
 
     def __init__(
-        self, config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], gpu: bool
-    ) -> None:
+        self, config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], gpu: bool,
+        sampler: SampleActor | None = None,
+    ) -> None:  # fmt: skip
+        """sampler: what makes images; unset: one of its own is made where one is needed."""
         cluster.quiet()
         self._config, self._sources, self._parts, self._gpu = config, sources, parts, gpu
         self.device = torch.device("cuda" if gpu else "cpu")
@@ -142,7 +144,7 @@ class EvaluateActor:
         if self._compiled:
             self._network.compile(dynamic=False)
         self._classifier = judges.classifier.to(self.device) if judges.classifier else None
-        self._sampler: SampleActor | None = None
+        self._sampler = sampler
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
