@@ -75,6 +75,7 @@ _BENCH_SAMPLE = (
 )
 _BENCH_ENCODE = (
     Option("--images", int, 256, "images that each row encodes"),
+    Option("--ways", _words, "all", "rows besides the released way, as [bf16,fp16 compiled]"),
     Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
     Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),

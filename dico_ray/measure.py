@@ -187,7 +187,7 @@ class EvaluateActor:
         images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         self._check_size(which, images, self._network.image_size, "feature network")
         precision = self._config.evaluate.precision
-        half = torch.autocast("cuda", torch.float16, enabled=self._gpu and precision == "fp16")
+        half = torch.autocast(self.device.type, torch.float16, enabled=self._gpu and precision == "fp16")
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"), half:
             features = self._network(self._whole(images)).first(len(images))
         if self._classifier is None:

@@ -16,6 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,15 @@ def untrained(seed: int = 0) -> dict[str, Tensor]:
 def _write(folder: Path, count: int, size: int) -> ImageSet:
     """PNG files that compress as images do: noise over a coarse pattern."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
+
+    def write(i: int) -> None:
+        rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
         noise = rng.integers(0, 8, (size, size, 3), dtype=np.uint8)
         Image.fromarray(np.asarray(coarse) // 8 * 8 + noise).save(folder / f"{i:06d}.png")
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(count)))
     return ImageSet.scan(str(folder), "evaluate.images")
 
 
