@@ -7,6 +7,7 @@ evaluation which is started again goes on, and counted by index, so that none co
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -145,28 +146,36 @@ class EvaluateActor:
             self._network.compile(dynamic=False)
         self._classifier = judges.classifier.to(self.device) if judges.classifier else None
         self._sampler = sampler
+        self._device_is_free = threading.Lock()
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
+        """Two threads may be in it: while one judges its range, the other reads the next one or stores the last one."""
         which, start, stop = piece
         source = self._sources[which]
-        batches = self._generated(source, start, stop) if isinstance(source, Made) else self._read(source, start, stop)
-        # The host waits for the device once a range, so that its next batch is there before one is finished.
-        part = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches]).cpu()
+        with ThreadPoolExecutor(_READERS) as readers:
+            if isinstance(source, Made):
+                batches = self._generated(source, start, stop)
+            else:
+                batches = self._read(readers, source, start, stop)
+            with self._device_is_free:
+                found = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches])
+        part = found.cpu()  # once a range, so that the device's next batch is there before one is finished
         self._parts[which].write(part_name(start, stop), part.to_bytes())
         return part
 
-    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of stored images; the next ones are read and decoded while one is judged."""
+    def _read(
+        self, readers: ThreadPoolExecutor, source: ImageSet, start: int, stop: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of stored images, which are being read and decoded from now on."""
         batches = [(start + low, start + high) for low, high in self._cuts(stop - start)]
 
         def read(batch: pool.Range) -> torch.Tensor:
             pixels = torch.from_numpy(source.read(*batch))
             return pixels.pin_memory() if self._gpu else pixels  # from where it is copied without a wait
 
-        with ThreadPoolExecutor(_READERS) as readers:
-            for (low, high), pixels in zip(batches, readers.map(read, batches), strict=True):
-                yield pixels, torch.tensor(source.labels[low:high])
+        labels = (torch.tensor(source.labels[low:high]) for low, high in batches)
+        return zip(readers.map(read, batches), labels, strict=True)
 
     def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
@@ -258,12 +267,12 @@ def measure(
     gpu = cluster.uses_gpu(config.resources)
     cluster.require_pool(config.resources, gpu)
     networks, images = ray.put(judges), ray.put(sources)
-    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu))
+    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
     with Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress:
         for (which, start, stop), part in pool.run(
-            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work
+            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work, ahead=1
         ):
             totals[which].add(start, part)
             finished += stop - start

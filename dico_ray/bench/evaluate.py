@@ -182,8 +182,10 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     total = Total(1, 0)
 
     def whole() -> None:
-        for start, stop in work:
-            total.add(start, actor.work(("images", start, stop)))
+        """Two ranges at a time, as an actor of the pool has them."""
+        with ThreadPoolExecutor(2) as threads:
+            for (start, _), part in zip(work, threads.map(lambda one: actor.work(("images", *one)), work), strict=True):
+                total.add(start, part)
 
     seconds, _ = _timed(whole)
     batch = source.read(0, min(config.evaluate.batch_size, source.count))

@@ -138,7 +138,7 @@ def measure(
     gpu = cluster.uses_gpu(config.resources)
     largest = _with(config, resources={"actors": max(actors)})
     cluster.require_pool(largest.resources, gpu)
-    kind = ray.remote(SamplingMeter).options(**cluster.actor_options(config.resources, gpu))
+    kind = ray.remote(SamplingMeter).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     meters: list[Any] = [kind.remote(config, checkpoint, gpu)]
     found: dict[str, Any] = ray.get(meters[0].measure.remote(images, timed_steps, evaluate))
     meters += [kind.remote(config, checkpoint, gpu) for _ in range(max(actors) - 1)]
@@ -164,7 +164,7 @@ def _pool_rate(config: Config, meters: list[Any], images: int) -> float:
     size = config.sample.piece or config.sample.batch_size
     work = pool.ranges(images * len(meters), size)
     began = time.perf_counter()
-    for _ in pool.run(lambda: next(waiting), len(meters), work):
+    for _ in pool.run(lambda: next(waiting), len(meters), work, ahead=1):
         pass
     return images * len(meters) / (time.perf_counter() - began)
 
