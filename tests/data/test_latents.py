@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dico_ray import demo
 from dico_ray.config import ConfigError, UserError
-from dico_ray.data.latents import Autoencoder, draw_posterior, fill_up
+from dico_ray.data.latents import Autoencoder, ChannelwiseGroupNorm, draw_posterior, fill_up
 from dico_ray.demo.digits import load_digits
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -136,6 +136,20 @@ def test_a_filled_up_batch_keeps_its_layout() -> None:
         assert torch.equal(filled[:3], batch)
         assert torch.equal(filled[3:], batch[-1:].expand(2, 4, 8, 8))
         assert fill_up(batch, 3) is batch
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 5, 7), (2, 32, 11), (1, 64, 4, 4)])
+def test_the_channelwise_norm_is_the_group_norm(shape: tuple[int, ...]) -> None:
+    plain = torch.nn.GroupNorm(8, shape[1], eps=1e-6)
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    x = draw(shape) * 3 + 5
+    wanted = plain(x)
+    plain.__class__ = ChannelwiseGroupNorm
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-5)
+    half = plain.half()(x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
