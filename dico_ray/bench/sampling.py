@@ -207,7 +207,7 @@ class SamplingMeter(SampleActor):
         """Seconds of the sampler for a batch, and its latents; after a part of the steps, these are still noise."""
         if not timed_steps or not isinstance(self.sampler, Sampler):
             return self._timed(lambda: self.latents(0, count))
-        rows = torch.arange(self._config.sample.batch_size if self._compiled else count, device=self.device)
+        rows = torch.arange(self._config.sample.batch_size, device=self.device)
         size = (self._about.in_channels, self._about.latent_size, self._about.latent_size)
         noise, seed = torch.randn(len(rows), *size, device=self.device), self._config.sample.seed
         return self._steps_timed(
