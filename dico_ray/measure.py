@@ -220,6 +220,15 @@ class EvaluateActor:
             )
 
 
+def range_size(config: Config, source: Source) -> int:
+    """evaluate.range_size, in whole batches where images are made: a part of one takes as long as all of it."""
+    size = config.evaluate.range_size
+    if not isinstance(source, Made):
+        return size
+    batch = source.config.sample.batch_size
+    return max(1, size // batch) * batch
+
+
 def part_name(start: int, stop: int) -> str:
     return f"{start:09d}-{stop:09d}.safetensors"
 
@@ -261,7 +270,7 @@ def measure(
         for (start, _), part in stored_parts(parts[which]).items():
             totals[which].add(start, part)
         done = totals[which].statistics.ranges
-        work += [(which, *one) for one in pool.remaining(source.count, done, config.evaluate.range_size)]
+        work += [(which, *one) for one in pool.remaining(source.count, done, range_size(config, source))]
     if not work:
         return totals
     gpu = cluster.uses_gpu(config.resources)

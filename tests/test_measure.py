@@ -17,10 +17,11 @@ from dico_ray.data.image_sets import ImageSet
 from dico_ray.demo import FEATURES, JUDGE
 from dico_ray.demo.digits import load_digits
 from dico_ray.encode import ShardEncoder, ShardPlan
-from dico_ray.measure import EvaluateActor, Judges, Part, stored_parts
+from dico_ray.measure import EvaluateActor, Judges, Made, Part, range_size, stored_parts
 from dico_ray.metrics import Inception, open_classifier, open_network
 from dico_ray.settings import build
 from dico_ray.storage import Storage
+from dico_ray.training.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,14 @@ def test_two_threads_find_what_one_does(digits: ImageSet, tmp_path: Path) -> Non
             assert one.read is not None
             assert torch.equal(part.read, one.read)
     assert np.concatenate([part.labels for part in found]).tolist() == list(digits.labels)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(32, 256), (96, 192), (256, 256), (300, 300), (1, 256)])
+def test_images_are_made_in_whole_batches(digits: ImageSet, batch: int, size: int) -> None:
+    config = build({"sample": {"batch_size": batch}, "evaluate": {"range_size": 256}})
+    made = Made(config, Checkpoint(Storage("/nowhere"), {}))
+    assert range_size(config, made) == size
+    assert range_size(config, digits) == 256
 
 
 def test_latents_that_are_not_finite_end_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
