@@ -65,6 +65,8 @@ _BENCH_EVALUATE = (
 )
 _BENCH_SAMPLE = (
     Option("--images", int, 64, "images that each measurement generates on an actor"),
+    Option("--timed_steps", int, 0, "steps timed for the network's phase and the released way, for all; 0: all"),
+    Option("--evaluate", _boolean, True, "also time generation with features and statistics, as evaluate runs it"),
     Option("--weights", str, "random", "random (speed does not depend on values), or run (its checkpoint, codec.vae)"),
     Option("--vae", str, "random", "beside random weights: random (of Stable Diffusion's sizes), or codec (codec.vae)"),
     Option("--actors", _integers, "1", "sizes of the pools to compare, as [1,2,4]"),
@@ -73,6 +75,7 @@ _BENCH_SAMPLE = (
 )
 _BENCH_ENCODE = (
     Option("--images", int, 256, "images that each row encodes"),
+    Option("--ways", _words, "all", "rows besides the released way, as [bf16,fp16 compiled]"),
     Option("--vae", str, "random", "random (of Stable Diffusion's sizes), or codec (codec.vae)"),
     Option("--folder", str, "", "folder or URL for the random autoencoder; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),
@@ -180,7 +183,7 @@ VERBS: dict[str, Verb] = {
     "bench encode": Verb("bench.encoding", "images/s of the autoencoder by precision, layout and compilation",
                          ("model", "codec", "encode", "storage", "resources"), _BENCH_ENCODE),
     "bench sample": Verb("bench.sampling", "images/s of generation, by phases, beside the released way's",
-                         ("run", "model", "codec", "sample", "storage", "resources"), _BENCH_SAMPLE),
+                         ("run", "model", "codec", "sample", "evaluate", "storage", "resources"), _BENCH_SAMPLE),
     "bench train": Verb("bench.train", "images/s of training on one GPU: released, compiled, fused, and a DiT",
                         ("run", "model", "train", "resources"), _BENCH_NETWORK),
     "bench scaling": Verb("bench.scaling", "training's rate by number of workers and ZeRO stage, on a cluster",

@@ -18,7 +18,7 @@ import ray.data
 import xxhash
 
 from dico_ray import cluster
-from dico_ray.config import Config, ConfigError
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.images import ImageError, center_crop, load_image
 from dico_ray.data.shards import MANIFEST, Manifest, Shard, sample_bytes, write_shard
 from dico_ray.data.sources import ImageSource, Piece
@@ -200,7 +200,7 @@ class ShardEncoder:
                 parts.append(self._encode([image for _, image in some], [name for name, _ in some]))
         if not parts:
             raise ImageError(f"none of the {plan.count} images of {plan.name} can be read: {bad[0]}")
-        latents = np.concatenate(parts)
+        latents = self._gather(plan, parts)
         keys = [f"{plan.first + i:09d}" for i in good]
         chunk = max(1, encode.chunk_bytes // sample_bytes(*latents.shape[2:]))
         labels = plan.labels
@@ -219,30 +219,43 @@ class ShardEncoder:
                 found.append((name, str(error)))
         return found
 
-    def _encode(self, images: list[Any], paths: list[str]) -> np.ndarray:
-        """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16.
-
-        C counts mean and log variance if encode.store says moments.
-        """
-        pixels = np.stack(images)
-        pair = [self._latents(p, paths, flip) for flip, p in enumerate((pixels, pixels[:, :, ::-1]))]
-        return np.stack(pair, axis=1).astype(np.float16)
-
-    def _latents(self, pixels: np.ndarray, paths: list[str], flip: int) -> np.ndarray:
-        """A posterior's draw is keyed by the image's own path: the same in any batch, shard and pool."""
+    def _gather(self, plan: ShardPlan, parts: list[Any]) -> np.ndarray:
+        """A shard's latents on the host, float16. Raises UserError for such as are not finite."""
         import torch
 
+        latents = torch.cat(parts)
+        if not latents.isfinite().all():
+            raise UserError(
+                f"codec.precision: {self._config.codec.precision}, but latents of {plan.name} are not finite; "
+                "take bf16 or fp32"
+            )
+        return latents.cpu().numpy()
+
+    def _encode(self, images: list[Any], paths: list[str]) -> Any:
+        """Plain and mirrored: the mirrored latents are of the mirrored pixels. -> (B, 2, C, H, W) float16.
+
+        C counts mean and log variance if encode.store says moments. A tensor on the device, which is not waited for:
+        a shard's latents are small.
+        """
+        import torch
+
+        pixels = self._vae.to_device(np.stack(images))
+        pair = [self._latents(p, paths, flip) for flip, p in enumerate((pixels, pixels.flip(2)))]
+        return torch.stack(pair, dim=1).half()
+
+    def _latents(self, pixels: Any, paths: list[str], flip: int) -> Any:
+        """A posterior's draw is keyed by the image's own path: the same in any batch, shard and pool."""
         from dico_ray.data.latents import draw_posterior
         from dico_ray.diffusion.noise import Stream, normal
 
         moments, store = self._vae.encode(pixels), self._config.encode.store
         if store == "sample":
-            rows = torch.tensor([xxhash.xxh32_intdigest(path.encode()) for path in paths], device=moments.device)
+            rows = self._vae.to_device(np.array([xxhash.xxh32_intdigest(path.encode()) for path in paths], np.int64))
             shape = (self._vae.channels, *moments.shape[2:])
             latents = draw_posterior(moments, normal(self._config.run.seed, Stream.POSTERIOR, flip, rows, shape))
         else:
             latents = moments if store == "moments" else moments[:, : self._vae.channels]
-        return latents.cpu().numpy()
+        return latents
 
     def _record(self, shard: Shard, latents: np.ndarray, chunk: int, skipped: list[str]) -> None:
         values = latents.astype(np.float64)

@@ -20,11 +20,12 @@ import xxhash
 
 from dico_ray import __version__, cluster, measure
 from dico_ray.config import Config, ConfigError
+from dico_ray.data.generated import IMAGES, NPZ
 from dico_ray.data.image_sets import ImageSet
 from dico_ray.measure import Judges, Made, Source, Total
 from dico_ray.metrics import FeatureNetwork, Reference, open_classifier, open_network, precision_recall, results
 from dico_ray.metrics.inception import weights_hash
-from dico_ray.sample import IMAGES, RECORD, output_folder
+from dico_ray.sample import RECORD, output_folder
 from dico_ray.sample import provenance as sample_provenance
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
@@ -88,10 +89,26 @@ def _images(config: Config) -> tuple[Source, Checkpoint | None]:
     _required(config.evaluate.reference)
     checkpoint, output = find_checkpoint(config), output_folder(config)
     record = json.loads(output.read(RECORD)) if output.exists(RECORD) else None
-    folder = output.at(IMAGES)
-    if record == sample_provenance(config, checkpoint) and folder.names(".png"):
-        return ImageSet.scan(folder.url, "evaluate.images", config.evaluate.image_size), checkpoint
-    return Made(config, checkpoint), checkpoint
+    stored = record == sample_provenance(config, checkpoint) and _stored_samples(config, checkpoint)
+    return stored or Made(config, checkpoint), checkpoint
+
+
+def _samples_url(config: Config) -> str:
+    """Where `sample` puts images of this format."""
+    return f"{output_folder(config).url}/{NPZ if config.sample.format == 'npz' else IMAGES}"
+
+
+def _stored_samples(config: Config, checkpoint: Checkpoint) -> ImageSet | None:
+    """The images that `sample` stored, whatever their format; None if they are not all there any more."""
+    folder, _, name = _samples_url(config).rpartition("/")
+    if not (Storage(folder).exists(name) if name == NPZ else Storage(folder).at(name).names()):
+        return None
+    found = ImageSet.scan(_samples_url(config), "evaluate.images", config.evaluate.image_size)
+    if found.count != config.sample.count:
+        return None
+    if config.sample.format != "png":  # these have labels as numbers, and no names
+        found = replace(found, classes=tuple(checkpoint.about["classes"]))
+    return found
 
 
 def _required(reference: str) -> str:
@@ -172,7 +189,7 @@ def provenance(config: Config, task: Task, checkpoint: Checkpoint | None) -> dic
     classifier = task.judges.classifier
     images = task.images
     return {
-        "images": None if isinstance(images, Made) else settings.images or output_folder(config).at(IMAGES).url,
+        "images": None if isinstance(images, Made) else settings.images or _samples_url(config),
         "image_hash": None if isinstance(images, Made) else images.content_hash(),
         "count": images.count,
         "samples": _samples(config, images, checkpoint),
@@ -182,6 +199,7 @@ def provenance(config: Config, task: Task, checkpoint: Checkpoint | None) -> dic
         "features": network.hash,
         "judge": weights_hash(classifier) if classifier else None,
         "feature_precision": settings.precision,
+        "feature_compile": settings.compile,
         **settings.model_dump(include={"image_size", "split_size", "neighbours", "reference_features"}),
         "versions": {"dico_ray": __version__} | _versions(network),
     }
@@ -215,7 +233,9 @@ def _reference_hash(task: Task) -> str:
 
 def score(config: Config, task: Task, show: bool = True) -> dict[str, Any]:
     """The result, by a pool on the connected Ray. Raises UserError."""
-    identity = {name: task.record[name] for name in ("features", "judge", "feature_precision", "image_size")}
+    identity = {
+        name: task.record[name] for name in ("features", "judge", "feature_precision", "feature_compile", "image_size")
+    }
     sources, most = task.sources(), config.evaluate.reference_features
     own: dict[str, dict[str, Any]] = {
         "images": {name: task.record[name] for name in ("image_hash", "samples", "count")},

@@ -7,6 +7,7 @@ evaluation which is started again goes on, and counted by index, so that none co
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from safetensors import torch as safetensors
 from dico_ray import cluster, pool
 from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data.image_sets import UNKNOWN, ImageSet
+from dico_ray.data.latents import fill_up
 from dico_ray.metrics import FeatureNetwork, Features, ImageClassifier, Statistics, uint8_to_signed
 from dico_ray.progress import Progress
 from dico_ray.sample import SampleActor
@@ -69,6 +71,20 @@ class Part:
     labels: torch.Tensor
     read: torch.Tensor | None = None
 
+    @classmethod
+    def join(cls, parts: list[Part]) -> Part:
+        """Of the first part's images, then the second's, and so on; at least one part."""
+        read = [part.read for part in parts if part.read is not None]
+        return cls(
+            Features.join([part.features for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat(read) if read else None,
+        )
+
+    def cpu(self) -> Part:
+        """On the host, features in float32."""
+        return Part(self.features.cpu(), self.labels.cpu(), None if self.read is None else self.read.cpu())
+
     def to_bytes(self) -> bytes:
         found = {"pool": self.features.pool, "spatial": self.features.spatial, "logits": self.features.logits,
                  "labels": self.labels, "read": self.read}  # fmt: skip
@@ -113,40 +129,53 @@ class EvaluateActor:
     """Holds the networks; turns ranges of images into Parts, and stores them."""
 
     def __init__(
-        self, config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], gpu: bool
-    ) -> None:
+        self, config: Config, judges: Judges, sources: dict[str, Source], parts: dict[str, Storage], gpu: bool,
+        sampler: SampleActor | None = None,
+    ) -> None:  # fmt: skip
+        """sampler: what makes images; unset: one of its own is made where one is needed."""
         cluster.quiet()
         self._config, self._sources, self._parts, self._gpu = config, sources, parts, gpu
-        self._device = torch.device("cuda" if gpu else "cpu")
+        self.device = torch.device("cuda" if gpu else "cpu")
         if not gpu:
             torch.set_num_threads(config.resources.threads or max(1, int(config.resources.actor_cpus)))
         network: Any = judges.network
-        self._network = network.to(self._device, memory_format=torch.channels_last)
-        if gpu and config.evaluate.compile:
-            self._network.compile()
-        self._classifier = judges.classifier.to(self._device) if judges.classifier else None
-        self._sampler: SampleActor | None = None
+        self._network = network.to(self.device, memory_format=torch.channels_last)
+        self._compiled = gpu and config.evaluate.compile
+        self._largest = 0
+        if self._compiled:
+            self._network.compile(dynamic=False)
+        self._classifier = judges.classifier.to(self.device) if judges.classifier else None
+        self._sampler = sampler
+        self._device_is_free = threading.Lock()
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
+        """Two threads may be in it: while one judges its range, the other reads the next one or stores the last one."""
         which, start, stop = piece
         source = self._sources[which]
-        batches = self._generated(source, start, stop) if isinstance(source, Made) else self._read(source, start, stop)
-        found = [self.judge(which, pixels, labels) for pixels, labels in batches]
-        part = Part(
-            Features.join([one.features for one in found]),
-            torch.cat([one.labels for one in found]),
-            torch.cat([one.read for one in found if one.read is not None]) if self._classifier else None,
-        )
+        with ThreadPoolExecutor(_READERS) as readers:
+            if isinstance(source, Made):
+                batches = self._generated(source, start, stop)
+            else:
+                batches = self._read(readers, source, start, stop)
+            with self._device_is_free:
+                found = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches])
+        part = found.cpu()  # once a range, so that the device's next batch is there before one is finished
         self._parts[which].write(part_name(start, stop), part.to_bytes())
         return part
 
-    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Batches of stored images; the next ones are read and decoded while one is judged."""
+    def _read(
+        self, readers: ThreadPoolExecutor, source: ImageSet, start: int, stop: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of stored images, which are being read and decoded from now on."""
         batches = [(start + low, start + high) for low, high in self._cuts(stop - start)]
-        with ThreadPoolExecutor(_READERS) as readers:
-            for (low, high), pixels in zip(batches, readers.map(lambda one: source.read(*one), batches), strict=True):
-                yield pixels, torch.tensor(source.labels[low:high])
+
+        def read(batch: pool.Range) -> torch.Tensor:
+            pixels = torch.from_numpy(source.read(*batch))
+            return pixels.pin_memory() if self._gpu else pixels  # from where it is copied without a wait
+
+        labels = (torch.tensor(source.labels[low:high]) for low, high in batches)
+        return zip(readers.map(read, batches), labels, strict=True)
 
     def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
@@ -160,16 +189,27 @@ class EvaluateActor:
 
     @torch.inference_mode()
     def judge(self, which: str, pixels: np.ndarray | torch.Tensor, labels: torch.Tensor) -> Part:
-        """What is found of uint8 pixels (B, H, W, 3) with labels (B,). Raises ConfigError for another size."""
-        images = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        """What is found of uint8 pixels (B, H, W, 3) with labels (B,), on the device, which may still be at it.
+
+        Raises ConfigError for another size.
+        """
+        images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         self._check_size(which, images, self._network.image_size, "feature network")
-        tf32 = self._config.evaluate.precision == "tf32"
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            features = self._network(images).cpu()
+        precision = self._config.evaluate.precision
+        half = torch.autocast(self.device.type, torch.float16, enabled=self._gpu and precision == "fp16")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"), half:
+            features = self._network(self._whole(images)).first(len(images))
         if self._classifier is None:
             return Part(features, labels)
         self._check_size(which, images, self._classifier.config.image_size, "judge")
-        return Part(features, labels, self._classifier(uint8_to_signed(images)).argmax(1).cpu())
+        return Part(features, labels, self._classifier(uint8_to_signed(images)).argmax(1))
+
+    def _whole(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch as a compiled network takes it, which is made for each size: filled up to the largest yet."""
+        if not self._compiled:
+            return images
+        self._largest = max(self._largest, len(images))
+        return fill_up(images, self._largest)
 
     def _check_size(self, which: str, images: torch.Tensor, size: int | None, network: str) -> None:
         height, width = images.shape[2:]
@@ -178,6 +218,15 @@ class EvaluateActor:
                 f"evaluate.{which}: the images are {width}x{height} pixels, the {network} takes {size}x{size}; "
                 f"set evaluate.image_size {size}, or name images of that size"
             )
+
+
+def range_size(config: Config, source: Source) -> int:
+    """evaluate.range_size, in whole batches where images are made: a part of one takes as long as all of it."""
+    size = config.evaluate.range_size
+    if not isinstance(source, Made):
+        return size
+    batch = source.config.sample.batch_size
+    return max(1, size // batch) * batch
 
 
 def part_name(start: int, stop: int) -> str:
@@ -221,18 +270,18 @@ def measure(
         for (start, _), part in stored_parts(parts[which]).items():
             totals[which].add(start, part)
         done = totals[which].statistics.ranges
-        work += [(which, *one) for one in pool.remaining(source.count, done, config.evaluate.range_size)]
+        work += [(which, *one) for one in pool.remaining(source.count, done, range_size(config, source))]
     if not work:
         return totals
     gpu = cluster.uses_gpu(config.resources)
     cluster.require_pool(config.resources, gpu)
     networks, images = ray.put(judges), ray.put(sources)
-    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu))
+    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
     with Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress:
         for (which, start, stop), part in pool.run(
-            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work
+            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work, ahead=1
         ):
             totals[which].add(start, part)
             finished += stop - start

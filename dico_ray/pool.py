@@ -44,16 +44,17 @@ def remaining(count: int, done: Iterable[Range], size: int) -> list[Range]:
 
 
 def run(
-    make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float = _START_S
+    make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float = _START_S, ahead: int = 0
 ) -> Iterator[tuple[Any, Any]]:
     """Yields (piece, result) for every piece of `work`, in the order they are finished.
 
-    make_actor: starts an actor with a method `work(piece)`. size: actors at a time. An exception that the
-    method raises is raised here. Raises PoolError if an actor cannot start, if none finds room within
-    start_timeout_s, and after several deaths on one piece, or of actors with no piece finished between.
+    make_actor: starts an actor with a method `work(piece)`. size: actors at a time. ahead: pieces that wait at an
+    actor which is at another one, while there is more work than actors; so it need not wait for the one who asks.
+    An exception that the method raises is raised here. Raises PoolError if an actor cannot start, if none finds room
+    within start_timeout_s, and after several deaths on one piece, or of actors with no piece finished between.
     Whoever stops early, by an exception or by closing the iterator, leaves no actor behind.
     """
-    pool = _Pool(make_actor, size, work, start_timeout_s)
+    pool = _Pool(make_actor, size, work, start_timeout_s, ahead)
     try:
         yield from pool.results()
     except BaseException:
@@ -62,13 +63,16 @@ def run(
 
 
 class _Pool:
-    def __init__(self, make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float) -> None:
-        self._make_actor, self._size, self._start_timeout_s = make_actor, size, start_timeout_s
+    def __init__(
+        self, make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float, ahead: int
+    ) -> None:
+        self._make_actor, self._size, self._start_timeout_s, self._ahead = make_actor, size, start_timeout_s, ahead
         self._work = list(work)
         self._waiting = deque(range(len(self._work)))
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}  # by what resolves once the actor is up
-        self._running: dict[Any, tuple[Any, int]] = {}
+        self._running: dict[Any, tuple[Any, int]] = {}  # an actor's in the order in which it was given them
+        self._dead: set[Any] = set()
         self._deaths_on: Counter[int] = Counter()
         self._deaths = 0
         self._alive_at = time.monotonic()
@@ -76,8 +80,8 @@ class _Pool:
     def results(self) -> Iterator[tuple[Any, Any]]:
         while self._waiting or self._running:
             while self._waiting and self._idle:
-                actor, number = self._idle.pop(), self._waiting.popleft()
-                self._running[actor.work.remote(self._work[number])] = (actor, number)
+                self._give(self._idle.pop())
+            self._give_ahead()
             self._start()
             ready = ray.wait([*self._running, *self._starting], num_returns=1, timeout=_LOOK_S)[0]
             self._check_alive()
@@ -87,14 +91,29 @@ class _Pool:
                 elif (found := self._finished(reference)) is not None:
                     yield found
 
+    def _give(self, actor: Any) -> None:
+        number = self._waiting.popleft()
+        self._running[actor.work.remote(self._work[number])] = (actor, number)
+
+    def _busy(self) -> Counter[Any]:
+        """How many pieces each actor has."""
+        return Counter(actor for actor, _ in self._running.values())
+
+    def _give_ahead(self) -> None:
+        """The last pieces are left to who is free first."""
+        for actor, has in self._busy().items() if self._ahead else ():
+            for _ in range(self._ahead + 1 - has):
+                if len(self._waiting) > self._size and actor not in self._dead:
+                    self._give(actor)
+
     def kill(self) -> None:
         """Ends every actor, whatever it is at."""
-        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())]:
+        for actor in [*self._idle, *self._starting.values(), *self._busy()]:
             ray.kill(actor)
 
     def _start(self) -> None:
         """As many actors as there is work for."""
-        have = len(self._idle) + len(self._starting) + len(self._running)
+        have = len(self._idle) + len(self._starting) + len(self._busy().keys() - self._dead)
         for _ in range(min(self._size - have, len(self._waiting) - len(self._starting))):
             actor = self._make_actor()
             self._starting[actor.__ray_ready__.remote()] = actor
@@ -113,20 +132,29 @@ class _Pool:
 
     def _finished(self, reference: Any) -> tuple[Any, Any] | None:
         """A piece and its result, or None if its actor died."""
-        actor, number = self._running.pop(reference)
+        actor = self._running[reference][0]
+        first = next(number for other, number in self._running.values() if other == actor)  # it is at this one
+        _, number = self._running.pop(reference)
         try:
             result = ray.get(reference)
         except (RayActorError, ObjectLostError) as error:  # lost: its node died with the result
-            self._deaths_on[number] += 1
             self._waiting.appendleft(number)
-            self._died(f"on {self._work[number]}", error, self._deaths_on[number])
+            if actor not in self._dead:  # what waited at it is nobody's fault
+                self._dead.add(actor)
+                self._deaths_on[first] += 1
+                self._died(f"on {self._work[first]}", error, self._deaths_on[first])
             return None
         except RayTaskError as error:
-            self._idle.append(actor)
+            self._free(actor)
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         self._deaths = 0
-        self._idle.append(actor)
+        self._free(actor)
         return self._work[number], result
+
+    def _free(self, actor: Any) -> None:
+        """Is given work, if it has none waiting and has not died since."""
+        if actor not in self._dead and not any(other == actor for other, _ in self._running.values()):
+            self._idle.append(actor)
 
     def _died(self, where: str, error: Exception, on_it: int = 0) -> None:
         self._deaths += 1

@@ -7,6 +7,7 @@ ranges of images from a queue; the same command, started again, makes only the i
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -104,14 +105,15 @@ def _make(config: Config, checkpoint: Checkpoint, missing: list[Range]) -> None:
     """Has a pool of actors make and store these ranges of images."""
     gpu = cluster.uses_gpu(config.resources)
     cluster.require_pool(config.resources, gpu)
-    actor = ray.remote(SampleActor).options(**cluster.actor_options(config.resources, gpu))
+    actor = ray.remote(SampleActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     size = config.sample.piece or config.sample.batch_size
     work = [(first + a, first + b) for first, end in missing for a, b in pool.ranges(end - first, size)]
     done = already = config.sample.count - sum(stop - start for start, stop in missing)
     with Progress("sample", config.sample.count, "images", already) as progress:
         if already:
             progress.note(f"{already} images are there: goes on with the others")
-        for (start, stop), _ in pool.run(lambda: actor.remote(config, checkpoint, gpu), config.resources.actors, work):
+        start_actor, size = lambda: actor.remote(config, checkpoint, gpu), config.resources.actors
+        for (start, stop), _ in pool.run(start_actor, size, work, ahead=1):
             done += stop - start
             progress.update(done)
 
@@ -187,6 +189,7 @@ class SampleActor:
             config.sample.format, output_folder(config), self._classes, config.sample.count
         )
         self.sampler = self._make_sampler(config.sample.method)
+        self._device_is_free = threading.Lock()
 
     def _make_sampler(self, method: str) -> Sampler | Solver:
         sample, guidance = self._config.sample, None
@@ -198,15 +201,20 @@ class SampleActor:
         return make_sampler(Diffusion(), sample.steps, method, guidance)
 
     def work(self, piece: Range) -> int:
-        """Makes and stores images [start, stop); threads compress and store a batch while the next is generated."""
+        """Makes and stores images [start, stop); threads compress and store a batch while the next is generated.
+
+        Two threads may be in it: while one's last images are stored, the other generates.
+        """
         labels = self.labels(torch.arange(*piece)).tolist()
         with ThreadPoolExecutor(self._config.sample.writers) as threads:
             parts = []
-            for start, images in self._batches(*piece):
-                copy = _HostCopy(images)
-                parts += [
-                    threads.submit(self._put, start, i, labels[start + i - piece[0]], copy) for i in range(len(images))
-                ]
+            with self._device_is_free:
+                for start, images in self._batches(*piece):
+                    copy = _HostCopy(images)
+                    parts += [
+                        threads.submit(self._put, start, i, labels[start + i - piece[0]], copy)
+                        for i in range(len(images))
+                    ]
             self.images.close(piece, labels, [part.result() for part in parts])
         return piece[1] - piece[0]
 

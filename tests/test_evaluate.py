@@ -154,6 +154,27 @@ def test_a_checkpoint_is_judged_where_it_draws(folder: Path) -> None:
     assert by_files["judge"]["images"] == direct["judge"]["images"]
 
 
+@pytest.mark.parametrize("format", ["webdataset", "npz"])
+def test_samples_of_every_format_are_judged_as_they_lie(folder: Path, tmp_path: Path, format: str) -> None:
+    """And drawn anew, where they are not all there any more."""
+    config = _config(
+        folder, sample={"format": format, "output": str(tmp_path / "made")},
+        evaluate={"reference": str(folder / "real"), "output": str(tmp_path / "result.json")},
+    )  # fmt: skip
+    sample.main(config)
+    evaluate.main(config)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["provenance"]["images"] == f"{tmp_path}/made/images{'.npz' if format == 'npz' else ''}"
+    assert found["images"] == 20
+    assert list(found["judge"]["by_class"]) == [str(label) for label in range(10)]
+    next((tmp_path / "made").glob("images/*.tar" if format == "webdataset" else "images.npz")).unlink()
+    evaluate.main(config)
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert again["provenance"]["images"] is None
+    assert again["frechet_distance"] == pytest.approx(found["frechet_distance"], rel=1e-6)
+    assert again["judge"] == found["judge"]
+
+
 def _total(config: Config, urls: dict[str, str]) -> dict[str, measure.Total]:
     judges = measure.Judges(open_network(str(FEATURES)), open_classifier(str(JUDGE), "evaluate.judge"))
     sources: dict[str, measure.Source] = {which: ImageSet.scan(url, which) for which, url in urls.items()}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dico_ray.config import Config
 from dico_ray.diffusion.noise import Stream, integers, normal
-from dico_ray.models import create_model
+from dico_ray.models import DiCo, create_model
 from dico_ray.settings import build
+from dico_ray.weight_files import arguments
 
 pytestmark = pytest.mark.gpu
 
@@ -79,3 +82,51 @@ def gpu_ray() -> Any:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+
+
+@pytest.mark.usefixtures("gpu_ray")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_actors_on_halves_of_a_gpu_make_what_one_makes(tmp_path: Path, precision: str) -> None:
+    from dico_ray import evaluate, sample
+    from dico_ray.data.generated import image_set
+    from dico_ray.demo import FEATURES, VAE
+    from dico_ray.demo.digits import load_digits
+    from dico_ray.storage import Storage
+    from dico_ray.training.checkpoint import write_whole
+    from dico_ray.weights import CHECKPOINTS
+
+    def config(actors: int) -> Config:
+        settings = _config(tmp_path, tmp_path / "runs", "random").model_dump()
+        settings["codec"] |= {"vae": str(VAE), "precision": precision}
+        settings["sample"] |= {
+            "count": 20, "steps": 5, "batch_size": 4, "precision": precision, "output": str(tmp_path / str(actors))
+        }  # fmt: skip
+        settings["evaluate"] |= {
+            "features": str(FEATURES), "reference": str(tmp_path / "real"), "range_size": 4,
+            "images": str(tmp_path / "1" / "images"), "output": str(tmp_path / f"{actors}.json"), "precision": "fp16",
+            "cache": str(tmp_path / f"cache-{actors}"),
+        }  # fmt: skip
+        settings["resources"] |= {"actors": actors, "actor_gpus": 1 / actors}
+        return build(settings)
+
+    one = config(1)
+    torch.manual_seed(0)
+    network = DiCo(**arguments(one.model))
+    weights = {name: 0.2 * torch.randn_like(tensor) for name, tensor in network.state_dict().items()}
+    classes = [str(label) for label in range(10)]
+    about = {"config": one.model_dump(mode="json"), "codec": {"vae": "", "hash": ""}, "classes": classes}
+    write_whole(Storage(one.run.folder).at(CHECKPOINTS), 1, {"ema": weights}, about)
+    (tmp_path / "real").mkdir()
+    for i, digit in enumerate(load_digits()[0][:20]):
+        Image.fromarray(digit).save(tmp_path / "real" / f"{i}.png")
+    images, numbers = [], []
+    for actors in (1, 2):
+        sample.main(config(actors))
+        images.append(image_set("png", Storage(str(tmp_path / str(actors))), classes, 20).read(range(20)))
+        evaluate.main(config(actors))
+        numbers.append(json.loads((tmp_path / f"{actors}.json").read_text()))
+    assert all(np.array_equal(images[0][i], images[1][i]) for i in range(20))
+    for name in ("precision", "recall"):
+        assert numbers[0][name] == numbers[1][name]
+    assert numbers[0]["frechet_distance"] == pytest.approx(numbers[1]["frechet_distance"], rel=1e-6)
+    assert numbers[0]["frechet_distance"] > 1

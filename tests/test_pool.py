@@ -50,29 +50,69 @@ class Worker:
         return piece * piece, os.getpid()
 
 
-def _run(folder: Path, size: int, count: int, **settings: Any) -> list[tuple[int, tuple[int, int]]]:
-    return list(pool.run(lambda: Worker.remote(str(folder), **settings), size, range(count)))
+def _run(folder: Path, size: int, count: int, ahead: int = 0, **settings: Any) -> list[tuple[int, tuple[int, int]]]:
+    return list(pool.run(lambda: Worker.remote(str(folder), **settings), size, range(count), ahead=ahead))
 
 
-def test_every_piece_is_done_once_by_several_actors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_every_piece_is_done_once_by_several_actors(tmp_path: Path, ahead: int) -> None:
     (tmp_path / "together").touch()  # the first to be up wait for the others
-    done = _run(tmp_path, 3, 40)
+    done = _run(tmp_path, 3, 40, ahead)
     assert sorted((piece, result[0]) for piece, result in done) == [(i, i * i) for i in range(40)]
     assert len({result[1] for _, result in done}) == 3
 
 
-def test_pieces_of_dead_actors_are_done_by_others_and_counted_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_pieces_of_dead_actors_are_done_by_others_and_counted_once(tmp_path: Path, ahead: int) -> None:
     for piece in (0, 7, 19):
         (tmp_path / f"deadly-{piece}").touch()
-    done = _run(tmp_path, 2, 20)
+    done = _run(tmp_path, 2, 20, ahead)
     assert sorted((piece, result[0]) for piece, result in done) == [(i, i * i) for i in range(20)]
     assert not list(tmp_path.glob("deadly-*"))
 
 
-def test_a_piece_that_kills_every_actor_ends_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_piece_that_kills_every_actor_ends_the_work(tmp_path: Path, ahead: int) -> None:
+    """By five deaths, each counted once, whatever waited at the actor."""
     (tmp_path / "always-3").touch()
-    with pytest.raises(pool.PoolError, match="died in a row, the last on 3"):
-        _run(tmp_path, 1, 5)
+    with pytest.raises(pool.PoolError, match="5 actors died in a row, the last on 3"):
+        _run(tmp_path, 1, 8, ahead)
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Pair:
+    """Finishes piece 0 only after piece 1 has begun at the same actor."""
+
+    def __init__(self) -> None:
+        self._second = threading.Event()
+
+    def work(self, piece: int) -> bool:
+        if piece == 1:
+            self._second.set()
+        return self._second.wait(30) if piece == 0 else True
+
+
+def test_an_actor_has_its_next_piece_before_the_first_is_done() -> None:
+    assert dict(pool.run(Pair.remote, 1, range(4), ahead=1)) == dict.fromkeys(range(4), True)
+
+
+@ray.remote(num_cpus=0)
+class Meeting:
+    """Finishes a piece only when two have begun, which takes two actors."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def work(self, piece: int) -> bool:
+        (self._folder / f"begun-{piece}").touch()
+        until = time.monotonic() + 30
+        while len(list(self._folder.glob("begun-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        return time.monotonic() < until
+
+
+def test_the_last_pieces_are_left_to_who_is_free(tmp_path: Path) -> None:
+    assert dict(pool.run(lambda: Meeting.remote(str(tmp_path)), 2, range(2), ahead=1)) == {0: True, 1: True}
 
 
 def test_an_error_of_the_work_is_raised_as_it_is(tmp_path: Path) -> None:

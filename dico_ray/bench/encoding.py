@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from json import dumps
 from typing import Any
 
@@ -25,31 +26,40 @@ from dico_ray.storage import Storage
 
 _CHOICES = ("random", "codec")
 RELEASED = "released"
+WAYS = {  # codec.precision and codec.compile; compiled ones are GPUs'
+    f"{precision}{' compiled' if compiled else ''}": (precision, compiled)
+    for compiled in (False, True)
+    for precision in ("fp32", "bf16", "fp16")
+}
 
 
-def main(config: Config, *, verbose: bool, images: int, vae: str, folder: str, json: str) -> None:
+def main(config: Config, *, verbose: bool, images: int, ways: Sequence[str], vae: str, folder: str, json: str) -> None:
     """Prints the table, for images of encode.image_size in batches of encode.batch_size.
 
-    images: how many are encoded, timed. vae: "random" (of Stable Diffusion's sizes), or "codec" (codec.vae). folder:
-    for the random one; unset: a temporary one. json: a file. Raises ConfigError for impossible ones.
+    images: how many are encoded, timed. ways: rows besides the first, of WAYS, or "all". vae: "random" (of Stable
+    Diffusion's sizes), or "codec" (codec.vae). folder: for the random one; unset: a temporary one. json: a file.
+    Raises ConfigError for impossible ones.
     """
     if vae not in _CHOICES or images < 1:
         raise ConfigError(f"--vae {vae} --images {images}: vae must be random or codec, images 1 or more")
+    for name in ways:
+        if name not in (*WAYS, "all"):
+            raise ConfigError(f"--ways {name}: take all, or some of {', '.join(WAYS)}")
     with bench_folder(folder) as place:
         path = config.codec.vae if vae == "codec" else random_autoencoder(config, Storage(f"{place}/vae"))
         cluster.connect(verbose)
         gpu = cluster.uses_gpu(config.resources)
         cluster.require_pool(config.resources.model_copy(update={"actors": 1}), gpu)
         task: Any = ray.remote(measure).options(**cluster.actor_options(config.resources, gpu))
-        figures: dict[str, Any] = ray.get(task.remote(config, path, images, gpu))
+        figures: dict[str, Any] = ray.get(task.remote(config, path, images, gpu, ways))
     _tell(figures)
     if json:
         there, name = os.path.split(os.path.abspath(json))
         Storage(there).write(name, dumps(figures, indent=1).encode())
 
 
-def measure(config: Config, path: str, images: int, gpu: bool) -> dict[str, Any]:
-    """All rows, in this process."""
+def measure(config: Config, path: str, images: int, gpu: bool, ways: Sequence[str] = ("all",)) -> dict[str, Any]:
+    """The rows, in this process."""
     cluster.quiet()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
@@ -57,7 +67,9 @@ def measure(config: Config, path: str, images: int, gpu: bool) -> dict[str, Any]
     pixels = _pictures(min(images, config.encode.batch_size), config.encode.image_size)
     rows: dict[str, Any] = {}
     exact, released = np.zeros(0), 0.0
-    for name, precision, compiled in _variants(gpu):
+    for name, (precision, compiled) in {RELEASED: ("fp32", False), **WAYS}.items():
+        if (compiled and not gpu) or ("all" not in ways and name not in (RELEASED, *ways)):
+            continue
         autoencoder = Autoencoder(path, precision, device, compiled)
         if name == RELEASED:
             autoencoder.network.to(memory_format=torch.contiguous_format)
@@ -78,12 +90,6 @@ def measure(config: Config, path: str, images: int, gpu: bool) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _variants(gpu: bool) -> list[tuple[str, str, bool]]:
-    """(name, precision, compiled)"""
-    plain = [(RELEASED, "fp32", False), ("fp32", "fp32", False), ("bf16", "bf16", False)]
-    return plain + ([("fp32 compiled", "fp32", True), ("bf16 compiled", "bf16", True)] if gpu else [])
-
-
 def _pictures(count: int, size: int) -> np.ndarray:
     """Smooth random pictures: uint8 (N, H, W, 3)."""
     coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -92,14 +98,18 @@ def _pictures(count: int, size: int) -> np.ndarray:
 
 
 def _rate(autoencoder: Autoencoder, pixels: np.ndarray, images: int) -> tuple[float, float, np.ndarray]:
-    """Images/s from pixels to latents on the host; seconds of the first batch; the latents (B, C, h, w)."""
+    """Images/s from pixels to latents, of batch after batch as `encode` sends them: the host waits at the end.
+
+    And seconds of the first batch; the latents (B, C, h, w).
+    """
     began = time.perf_counter()
     latents = autoencoder.encode(pixels).cpu().numpy()[:, : autoencoder.channels]
     start_s = time.perf_counter() - began
-    done, began = 0, time.perf_counter()
+    done, began, found = 0, time.perf_counter(), []
     while done < images:
-        autoencoder.encode(pixels).cpu()
+        found.append(autoencoder.encode(pixels))
         done += len(pixels)
+    torch.cat(found).cpu()
     return done / (time.perf_counter() - began), start_s, latents.astype(np.float64)
 
 

@@ -2,14 +2,21 @@
 
 Both read the same PNG files on this machine, in one run and with the same weights; an evaluation's rate does not
 depend on what the weights are, so random ones do where the published are not at hand.
+
+The network is also timed alone, on images that are on the device already and with features that stay there: eager in
+batches of 50 and in PyTorch's own precision (TF32 convolutions on GPUs), as pytorch-fid and torch-fidelity run it, and
+each way that evaluate.precision and evaluate.compile offer, with how far its features move from fp32's.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -20,13 +27,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dico_ray import pool
+from dico_ray.bench.network import seconds_of
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.image_sets import ImageSet
 from dico_ray.measure import EvaluateActor, Judges, Total
-from dico_ray.metrics import Inception, Reference, frechet_distance, inception_score, open_network, precision_recall
+from dico_ray.metrics import (
+    Inception,
+    Moments,
+    Reference,
+    frechet_distance,
+    inception_score,
+    open_network,
+    precision_recall,
+)
 from dico_ray.storage import Storage
 
 _RIVAL_BATCH = 64  # torch-fidelity's default
+_EAGER_BATCH = 50  # pytorch-fid's
+_LEAST_SECONDS = 1.0
+_WAYS = [("fp32", False), ("tf32", False), ("fp16", False), ("tf32", True), ("fp16", True)]
 
 
 def main(config: Config, *, verbose: bool, images: int, size: int, random: bool, rival: bool, json: str) -> None:
@@ -44,10 +63,14 @@ def main(config: Config, *, verbose: bool, images: int, size: int, random: bool,
     gpu = torch.cuda.is_available() and config.resources.accelerator != "cpu"
     with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as folder:
         source = _write(Path(folder) / "images", images, size)
-        figures = _ours(config, network, source, Storage(folder).at("parts"), gpu)
+        figures: dict[str, Any] = {"ways": _ways(config, network, source, gpu)}
+        if rival and isinstance(network, Inception):
+            figures["eager_images_per_s"] = _eager_rate(network.network, source, gpu)
+        figures |= _ours(config, network, source, Storage(folder).at("parts"), gpu)
         if rival and isinstance(network, Inception):
             figures["torch_fidelity_images_per_s"] = images / _rival(network.network, source, gpu)
     figures |= {"images": images, "size": size, "device": torch.cuda.get_device_name() if gpu else "cpu",
+                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
                 "batch_size": config.evaluate.batch_size, "precision": config.evaluate.precision,
                 "compile": config.evaluate.compile, "torch": torch.__version__}  # fmt: skip
     _tell(figures)
@@ -85,11 +108,15 @@ def untrained(seed: int = 0) -> dict[str, Tensor]:
 def _write(folder: Path, count: int, size: int) -> ImageSet:
     """PNG files that compress as images do: noise over a coarse pattern."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
+
+    def write(i: int) -> None:
+        rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
         noise = rng.integers(0, 8, (size, size, 3), dtype=np.uint8)
         Image.fromarray(np.asarray(coarse) // 8 * 8 + noise).save(folder / f"{i:06d}.png")
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(count)))
     return ImageSet.scan(str(folder), "evaluate.images")
 
 
@@ -102,30 +129,77 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+def _ways(config: Config, network: Any, source: ImageSet, gpu: bool) -> dict[str, Any]:
+    """The network alone, each way: images/s, seconds of the first batch, and what its features are beside fp32's.
+
+    difference_rms: in standard deviations of a feature. distance: Frechet distance between the two sets' features.
+    """
+    device = torch.device("cuda" if gpu else "cpu")
+    count = min(config.evaluate.batch_size, source.count)
+    pixels = torch.from_numpy(source.read(0, count)).to(device)
+    labels = torch.zeros(count, dtype=torch.int64)
+    rows: dict[str, Any] = {}
+    exact = torch.zeros(0)
+    for precision, compiled in _WAYS if gpu else _WAYS[:1]:
+        way = config.evaluate.model_copy(update={"precision": precision, "compile": compiled})
+        own = Judges(copy.deepcopy(network))
+        actor = EvaluateActor(config.model_copy(update={"evaluate": way}), own, {}, {}, gpu)
+        first, part = _timed(lambda actor=actor: actor.judge("images", pixels, labels))
+        features = part.features.pool.double().cpu()
+        exact = exact if rows else features
+        seconds = seconds_of(lambda actor=actor: actor.judge("images", pixels, labels), device, _LEAST_SECONDS)
+        rows[f"{precision}{' compiled' if compiled else ''}"] = {
+            "images_per_s": count / seconds,
+            "start_s": first,
+            "difference_rms": float((features - exact).square().mean().sqrt() / exact.std(dim=0).mean()),
+            "distance": _distance(features, exact),
+        }
+    return rows
+
+
+def _distance(one: Tensor, two: Tensor) -> float:
+    found = [Moments(features.shape[1]) for features in (one, two)]
+    for moments, features in zip(found, (one, two), strict=True):
+        moments.add(features)
+    return frechet_distance(*found[0].compute(), *found[1].compute())
+
+
+def _eager_rate(network: Any, source: ImageSet, gpu: bool) -> float:
+    """Images/s of torch-fidelity's network alone, called as pytorch-fid and torch-fidelity call theirs."""
+    device = torch.device("cuda" if gpu else "cpu")
+    network.to(device, memory_format=torch.contiguous_format)
+    count = min(_EAGER_BATCH, source.count)
+    pixels = torch.from_numpy(source.read(0, count)).permute(0, 3, 1, 2).contiguous().to(device)
+    with torch.no_grad():
+        return count / seconds_of(lambda: network(pixels), device, _LEAST_SECONDS)
+
+
 def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: bool) -> dict[str, float]:
     """Rates of the whole way and of its phases, and seconds for the scores."""
-    actor = EvaluateActor(config, Judges(network), {"images": source}, {"images": parts}, gpu)
+    actor = EvaluateActor(config, Judges(copy.deepcopy(network)), {"images": source}, {"images": parts}, gpu)
     work = pool.ranges(source.count, config.evaluate.range_size)
     actor.work(("images", *work[0]))  # compiles, picks kernels
     total = Total(1, 0)
 
     def whole() -> None:
-        for start, stop in work:
-            total.add(start, actor.work(("images", start, stop)))
+        """Two ranges at a time, as an actor of the pool has them."""
+        with ThreadPoolExecutor(2) as threads:
+            for (start, _), part in zip(work, threads.map(lambda one: actor.work(("images", *one)), work), strict=True):
+                total.add(start, part)
 
     seconds, _ = _timed(whole)
     batch = source.read(0, min(config.evaluate.batch_size, source.count))
-    repeats = -(-source.count // len(batch))
     labels = torch.zeros(len(batch), dtype=torch.int64)
+    part = actor.judge("images", batch, labels).cpu()
     reading, _ = _timed(lambda: [source.read(*one) for one in pool.ranges(source.count, len(batch))])
-    forward, _ = _timed(lambda: [actor.judge("images", batch, labels) for _ in range(repeats)])
-    statistics, _ = _timed(lambda: Total(1, 0).add(0, actor.judge("images", batch, labels)))
+    forward = seconds_of(lambda: actor.judge("images", batch, labels).cpu(), actor.device, _LEAST_SECONDS)
+    statistics = seconds_of(lambda: Total(1, 0).add(0, part), torch.device("cpu"), _LEAST_SECONDS)
     scores, _ = _timed(lambda: _scores(total, "cuda" if gpu else "cpu"))
     return {
         "images_per_s": source.count / seconds,
         "read_images_per_s": source.count / reading,
-        "network_images_per_s": repeats * len(batch) / forward,
-        "statistics_s_per_batch": max(0.0, statistics - forward / repeats),
+        "network_images_per_s": len(batch) / forward,
+        "statistics_images_per_s": len(batch) / statistics,
         "scores_s": scores,
     }
 
@@ -162,9 +236,19 @@ def _tell(figures: dict[str, Any]) -> None:
     print(f"bench evaluate: {figures['images']} images of {figures['size']} pixels on {figures['device']}")
     print(f"  files to statistics   {figures['images_per_s']:10.1f} images/s")
     print(f"  reading alone         {figures['read_images_per_s']:10.1f} images/s")
-    print(f"  network alone         {figures['network_images_per_s']:10.1f} images/s")
-    print(f"  statistics            {figures['statistics_s_per_batch']:10.3f} s a batch")
+    print(f"  network, host to host {figures['network_images_per_s']:10.1f} images/s")
+    print(f"  statistics            {figures['statistics_images_per_s']:10.1f} images/s")
     print(f"  scores, at the end    {figures['scores_s']:10.1f} s")
-    rival = figures.get("torch_fidelity_images_per_s")
+    rival, eager = figures.get("torch_fidelity_images_per_s"), figures.get("eager_images_per_s")
     if rival:
         print(f"  torch-fidelity's pass {rival:10.1f} images/s: ours is {figures['images_per_s'] / rival:.2f} of it")
+    print(f"the network alone, on the device, batches of {figures['batch_size']}; its features beside fp32's")
+    print(f"  {'':20}images/s{'' if eager is None else '   of eager'}   first batch   move (rms)   distance")
+    if eager:
+        print(f"  {'eager, batch 50':16}{eager:12.1f}{1:11.2f}")
+    for name, row in figures["ways"].items():
+        share = f"{row['images_per_s'] / eager:11.2f}" if eager else ""
+        print(
+            f"  {name:16}{row['images_per_s']:12.1f}{share}{row['start_s']:12.1f} s{row['difference_rms']:13.1e}"
+            f"{row['distance']:11.1e}"
+        )

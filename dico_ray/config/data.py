@@ -14,8 +14,8 @@ class Codec(Section):
 
     vae: LocationOrHubId = "stabilityai/sd-vae-ft-ema"
     "A diffusers AutoencoderKL: a local folder or a hub id."
-    precision: Literal["fp32", "bf16"] = "fp32"
-    "Arithmetic of encoding and decoding."
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    "Arithmetic of encoding and decoding. fp16 is finer than bf16; what is too large for it is an error."
     compile: bool = False
     "Compile the autoencoder (GPUs only): a minute or so to start, for thousands of images."
 

@@ -33,8 +33,8 @@ class Evaluate(Section):
     "Images an actor takes from the queue at a time; each range is kept until all are done, for a restart."
     image_size: int | None = Field(None, ge=8)
     "Images and reference are centre-cropped and scaled to this size (ADM's way). Unset: as they are."
-    precision: Literal["fp32", "tf32"] = "fp32"
-    "Arithmetic of the feature network's convolutions on GPUs."
+    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    "Arithmetic of the feature network's convolutions on GPUs; fp16 has TF32's digits at half the bytes."
     compile: bool = False
     "Compile the feature network (GPUs only): about a minute to start, for tens of thousands of images."
     split_size: int = Field(5000, ge=1)

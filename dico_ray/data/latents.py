@@ -9,17 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
-from dico_ray.config import ConfigError
+from dico_ray.config import ConfigError, UserError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def draw_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     """Mean and log variance (B, 2C, H, W), standard normal noise (B, C, H, W) -> latents (B, C, H, W), all scaled."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + (log_variance / 2).exp() * noise
+
+
+def fill_up(batch: Tensor, rows: int) -> Tensor:
+    """A batch (B, ...) with its last row repeated until it has so many rows; strides, which compiled code is made for,
+    stay the batch's own."""
+    if len(batch) >= rows:
+        return batch
+    filled = batch.new_empty_strided((rows, *batch.shape[1:]), batch.stride())
+    filled[: len(batch)] = batch
+    filled[len(batch) :] = batch[-1]
+    return filled
 
 
 def _load(kind: Any, path: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -31,10 +42,31 @@ def _load(kind: Any, path: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> uint8 pixels [0, 255] (B, h f, w f, 3), truncated as ADM's samples are.
 
-    vae: a diffusers `AutoencoderKL`, on whose device and in whose dtype it is computed.
+    vae: a diffusers `AutoencoderKL`, on whose device and in whose dtype it is computed. Raises UserError if that is
+    float16 and the values went beyond it.
     """
     images = vae.decode(latents.to(vae.device, vae.dtype) / float(vae.config["scaling_factor"])).sample
+    if images.dtype == torch.float16 and not images.isfinite().all():
+        raise UserError("codec.precision: fp16, but decoding passed its largest number; take bf16")
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class ChannelwiseGroupNorm(nn.GroupNorm):
+    """The same norm by sums over each channel's pixels, `(B, C, ...)` -> the same: for compiled channels-last networks.
+
+    Group by group, a few neighbouring channels of each pixel are read at a time, and most of each memory access is not
+    for that group. By channels, whole rows are read, and the groups are put together from `(B, C)` numbers. In float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, pixels = input.float(), tuple(range(2, input.ndim))
+        grouped = (len(input), self.num_groups, -1)
+        mean, square = (m.view(grouped).mean(2, keepdim=True) for m in (x.mean(pixels), x.square().mean(pixels)))
+        rstd = ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
+        scale = rstd.expand(-1, -1, self.num_channels // self.num_groups).flatten(1) * self.weight.float()
+        shift = self.bias.float() - mean.expand(-1, -1, self.num_channels // self.num_groups).flatten(1) * scale
+        shape = (*scale.shape, *(1 for _ in pixels))
+        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
 def _weights_hash(vae: Any) -> str:
@@ -81,6 +113,9 @@ class Autoencoder:
         self._vae = vae.to(device, _DTYPES[precision], memory_format=layout).eval().requires_grad_(False)
         self._compiled, self._largest = compiled, 0
         if compiled:
+            for module in self._vae.modules():
+                if type(module) is nn.GroupNorm and module.affine:
+                    module.__class__ = ChannelwiseGroupNorm
             self._vae.encoder.compile(dynamic=False)
             self._vae.decoder.compile(dynamic=False)
         self._device, self._dtype = device, _DTYPES[precision]
@@ -94,7 +129,7 @@ class Autoencoder:
         if not self._compiled:
             return batch
         self._largest = max(self._largest, len(batch))
-        return torch.cat([batch, batch[-1:].expand(self._largest - len(batch), *batch.shape[1:])])
+        return fill_up(batch, self._largest)
 
     @property
     def network(self) -> Any:
@@ -105,14 +140,22 @@ class Autoencoder:
         """What a manifest or result says of the codec; the hash is of all weights."""
         return {"vae": self.path, "hash": self._hash, "scale": self.scale, "factor": self.factor}
 
+    def to_device(self, values: np.ndarray) -> Tensor:
+        """An array as a tensor there; the host does not wait for what the device is at."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray) -> Tensor:
+    def encode(self, pixels: np.ndarray | Tensor) -> Tensor:
         """uint8 pixels [0, 255] (B, H, W, 3) -> moments of their scaled latents (B, 2C, H/f, W/f) float32.
 
         The first C channels are the posterior's mean, the others the logarithm of its variance (arXiv 1312.6114).
         """
-        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-        images = images.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
+        there = pixels if isinstance(pixels, Tensor) else self.to_device(pixels)
+        # Rounded once: in bf16, a quotient of up to 2 would lose half a grey level before the 1 is taken from it.
+        images = (there.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self._dtype)
         posterior = self._vae.encode(self._whole(images)).latent_dist
         log_variance = posterior.logvar.float() + 2 * math.log(self.scale)
         return torch.cat([posterior.mean.float() * self.scale, log_variance], dim=1)[: len(pixels)]

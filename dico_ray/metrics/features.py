@@ -26,6 +26,10 @@ class Features:
         """On the host, in float32."""
         return Features(*(None if t is None else t.float().cpu() for t in (self.pool, self.spatial, self.logits)))  # type: ignore[arg-type]
 
+    def first(self, count: int) -> Features:
+        """Those of the first images."""
+        return Features(*(None if t is None else t[:count] for t in (self.pool, self.spatial, self.logits)))  # type: ignore[arg-type]
+
     @classmethod
     def join(cls, parts: list[Features]) -> Features:
         """Those of the first part's images, then the second's, and so on; at least one part."""

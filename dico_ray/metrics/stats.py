@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -41,9 +42,13 @@ class Moments:
         if len(batch) == 0:
             return
         self._refuse_nonfinite(batch)
-        mean = batch.mean(dim=0)
-        centered = batch - mean
-        self._join(len(batch), mean, centered.T @ centered)
+        mean, total = batch.mean(dim=0), self.count + len(batch)
+        delta = mean - self._mean
+        # What the two means' distance adds is one more row: a single product, and no pass over D x D besides it.
+        rows = torch.cat([batch - mean, delta[None] * math.sqrt(self.count * len(batch) / total)])
+        self._scatter.addmm_(rows.T, rows)
+        self._mean = self._mean + delta * (len(batch) / total)
+        self.count = total
 
     def merge(self, other: Moments) -> Moments:
         """Take in all that `other` has seen, and return self; `other` is unchanged.

@@ -17,8 +17,12 @@ def test_the_bench_times_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "figures.json"
     bench.main(config, verbose=False, images=16, size=32, random=True, rival=True, json=str(file))
     figures = json.loads(file.read_text())
-    for name in ("images_per_s", "read_images_per_s", "network_images_per_s", "torch_fidelity_images_per_s"):
+    for name in ("images_per_s", "read_images_per_s", "network_images_per_s", "statistics_images_per_s",
+                 "torch_fidelity_images_per_s", "eager_images_per_s"):  # fmt: skip
         assert figures[name] > 0
+    assert list(figures["ways"]) == ["fp32"]  # the others are GPUs'
+    assert figures["ways"]["fp32"]["images_per_s"] > 0
+    assert figures["ways"]["fp32"]["difference_rms"] == 0
     assert (figures["images"], figures["device"], figures["batch_size"]) == (16, "cpu", 4)
     assert "torch-fidelity's pass" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,15 +22,25 @@ def config(folder: Path, **sample: object) -> Config:
 
 
 def test_impossible_benches_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"weights": "mine"}, {"vae": "mine"}, {"images": 0}, {"actors": ()}, {"actors": (2, 0)}):
-        arguments = {"images": 4, "weights": "random", "vae": "random", "actors": (1,), **wrong}
-        with pytest.raises(ConfigError, match="weights must be random or run"):
-            sampling.main(config(tmp_path), verbose=False, folder=str(tmp_path), json="", **arguments)  # pyright: ignore[reportArgumentType]
+    for wrong, said in (
+        ({"weights": "mine"}, "weights must be random or run"),
+        ({"vae": "mine"}, "vae random or codec"),
+        ({"images": 0}, "numbers 1 or more"),
+        ({"actors": ()}, "numbers 1 or more"),
+        ({"actors": (2, 0)}, "numbers 1 or more"),
+        ({"timed_steps": 5}, "must be 0 to sample.steps, 4"),
+    ):
+        arguments: dict[str, Any] = {"images": 4, "weights": "random", "vae": "random", "actors": (1,)}
+        arguments |= {"timed_steps": 0, "evaluate": False, **wrong}
+        with pytest.raises(ConfigError, match=said):
+            sampling.main(config(tmp_path), verbose=False, folder=str(tmp_path), json="", **arguments)
     with pytest.raises(ConfigError, match="no committed checkpoint"):
         sampling.main(
             config(tmp_path),
             verbose=False,
             images=4,
+            timed_steps=0,
+            evaluate=False,
             weights="run",
             vae="random",
             actors=(1,),
@@ -46,14 +57,18 @@ def test_the_bench_compares_both_ways(
     monkeypatch.setattr(sampling, "_VAE_WIDTHS", (32, 32, 32, 32))
     file = tmp_path / "figures.json"
     sampling.main(
-        config(tmp_path), verbose=False, images=6, weights="random", vae="random", actors=(1, 2),
-        folder=str(tmp_path / "made"), json=str(file),
+        config(tmp_path, method="ddpm"), verbose=False, images=6, timed_steps=2, evaluate=True, weights="random",
+        vae="random", actors=(1, 2), folder=str(tmp_path / "made"), json=str(file),
     )  # fmt: skip
     figures = json.loads(file.read_text())
     ours, released = figures["ours"]["images_per_s"], figures["released"]["images_per_s"]
     assert figures["ratio_released"] == pytest.approx(ours / released)
     assert figures["network_rows_per_image"] == 8  # four steps, guided
-    assert figures["share_of_network_rate"] == pytest.approx(8 * ours / figures["network_rows_per_s"])
+    assert figures["ours"]["share_of_network_rate"] == pytest.approx(8 * ours / figures["network_rows_per_s"])
+    judged = figures["judged"]
+    assert judged["share_of_network_rate"] == pytest.approx(8 * judged["images_per_s"] / figures["network_rows_per_s"])
+    assert figures["fid_50k_device_hours"] == pytest.approx(50_000 / judged["images_per_s"] / 3600)
+    assert all(judged["seconds_per_image"][phase] > 0 for phase in ("features", "statistics"))
     assert set(figures["pool_images_per_s"]) == {"1", "2"}
     for name in ("ours", "released"):
         assert set(figures[name]["seconds_per_image"]) == {"network", "decode", "host"}

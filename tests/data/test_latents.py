@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dico_ray import demo
-from dico_ray.config import ConfigError
-from dico_ray.data.latents import Autoencoder, draw_posterior
+from dico_ray.config import ConfigError, UserError
+from dico_ray.data.latents import Autoencoder, ChannelwiseGroupNorm, draw_posterior, fill_up
 from dico_ray.demo.digits import load_digits
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -113,6 +113,59 @@ def test_bf16_is_near(vae: Autoencoder, digits: np.ndarray) -> None:
     found, wanted = means(half, digits[:4]), means(vae, digits[:4])
     assert found.dtype == np.float32
     assert 0 < np.abs(found - wanted).max() < 0.15
+
+
+def test_fp16_is_nearer_than_bf16(vae: Autoencoder, digits: np.ndarray) -> None:
+    wanted = means(vae, digits[:4])
+    apart = {p: np.abs(means(Autoencoder(str(demo.VAE), p, CPU), digits[:4]) - wanted).mean() for p in ("bf16", "fp16")}
+    assert 0 < apart["fp16"] < apart["bf16"] / 3
+
+
+def test_what_is_too_large_for_fp16_is_an_error_and_no_picture() -> None:
+    half = Autoencoder(str(demo.VAE), "fp16", CPU)
+    with pytest.raises(UserError, match=r"codec\.precision: fp16, .* take bf16"):
+        half.decode(draw((1, 4, 8, 8)) * 1e7)
+
+
+def test_a_filled_up_batch_keeps_its_layout() -> None:
+    """Code compiled for a layout is not compiled again for the last, short batch."""
+    for batch in (torch.randn(3, 4, 8, 8), torch.randn(3, 8, 8, 4).permute(0, 3, 1, 2)):
+        filled = fill_up(batch, 5)
+        assert filled.shape == (5, 4, 8, 8)
+        assert filled.stride() == batch.stride()
+        assert torch.equal(filled[:3], batch)
+        assert torch.equal(filled[3:], batch[-1:].expand(2, 4, 8, 8))
+        assert fill_up(batch, 3) is batch
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 5, 7), (2, 32, 11), (1, 64, 4, 4)])
+def test_the_channelwise_norm_is_the_group_norm(shape: tuple[int, ...]) -> None:
+    plain = torch.nn.GroupNorm(8, shape[1], eps=1e-6)
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    x = draw(shape) * 3 + 5
+    wanted = plain(x)
+    plain.__class__ = ChannelwiseGroupNorm
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-5)
+    half = plain.half()(x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_compiled_autoencoder_is_made_once_for_ragged_batches(digits: np.ndarray, precision: str) -> None:
+    torch.compiler.reset()
+    plain = Autoencoder(str(demo.VAE), "fp32", torch.device("cuda"))
+    compiled = Autoencoder(str(demo.VAE), precision, torch.device("cuda"), compiled=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for count in (8, 3, 8, 1):
+        found, wanted = compiled.encode(digits[:count]), plain.encode(digits[:count])
+        assert float((found - wanted)[:, :4].norm() / wanted[:, :4].norm()) < 0.05
+        pixels = compiled.decode(wanted[:, :4]).int() - plain.decode(wanted[:, :4]).int()
+        assert float(pixels.abs().float().mean()) < 2
+    assert graphs["unique_graphs"] == before + 2  # encoder and decoder
 
 
 def test_description_is_stable_and_its_hash_is_of_the_weights(vae: Autoencoder, copy: Path) -> None:
