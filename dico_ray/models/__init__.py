@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dico_ray.models.dico import DiCo, compile_blocks, create_model, graph_stages, use_kernels
+from dico_ray.models.dico import DiCo, compile_blocks, create_model, graph_inference, graph_stages, use_kernels
 
-__all__ = ["DiCo", "compile_blocks", "create_model", "graph_stages", "use_kernels"]
+__all__ = ["DiCo", "compile_blocks", "create_model", "graph_inference", "graph_stages", "use_kernels"]

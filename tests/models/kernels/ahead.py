@@ -10,11 +10,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dico_ray.models.kernels import block as operators
 
 H100 = GPUTarget("cuda", 90, 32)
-_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Compiled(list[tuple[str, Any]]):
@@ -33,7 +34,7 @@ class Compiled(list[tuple[str, Any]]):
             if value is None or kernel.params[place].is_constexpr or (isinstance(value, int) and value == 1):
                 signature[name], constants[(place,)] = "constexpr", value
             else:
-                signature[name] = _TYPES[value.dtype] if isinstance(value, Tensor) else _number(value)
+                signature[name] = _type(value)
                 if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                     attributes[(place,)] = [["tt.divisibility", 16]]
         key = (kernel.__name__, str(signature), str(constants), num_warps)
@@ -44,7 +45,11 @@ class Compiled(list[tuple[str, Any]]):
             self.append((name, triton.compile(source, target=H100, options={"num_warps": num_warps})))
 
 
-def _number(value: float) -> str:
+def _type(value: Tensor | TensorDescriptor | float) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "i32" if isinstance(value, int) else "fp32"
 
 
@@ -62,5 +67,6 @@ def launch_all(shape: tuple[int, int, int, int], ratio: int, dtype: torch.dtype)
     for keep_gelu in (False, True):
         _, *kept = operators.block._init_fn(x, modulation, weights, keep_gelu)
         operators.block_backward._init_fn(x, x, modulation, weights, kept)
+    operators.block_inference._init_fn(x, modulation, weights)
     _, stats = operators.norm_modulate._init_fn(x, modulation[:, : 2 * c])
     operators.norm_modulate_backward._init_fn(x, x, modulation[:, : 2 * c], stats)
