@@ -9,7 +9,7 @@ run. Twins: `torch.nn.functional.linear` and `gelu`, in fp32 from rounded inputs
 """
 
 # A kernel's constant flags decide what is bound, and its launch takes Triton's own options: pyright sees neither.
-# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -218,4 +218,5 @@ def _flags(tiles: ProductTiles, dtype: torch.dtype) -> dict[str, object]:
         "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.inner, "GROUP": tiles.group, "PARTS": tiles.parts,
         "STAGES": tiles.stages, "PERSISTENT": tiles.persistent > 0,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "num_warps": tiles.warps,
+        "maxnreg": tiles.registers,
     }  # fmt: skip

@@ -42,6 +42,7 @@ class ProductTiles(NamedTuple):
     stages: tiles of the factors in flight. group: rows of tiles whose programs run together. parts: in how many parts
     of its columns (1, 2 or 4) a tile is written: the more, the less shared memory and the fewer registers. persistent:
     programs per multiprocessor, each of which goes from tile to tile; 0: a program makes one tile.
+    registers: the most that a thread may take, such as 128 for two programs of 8 warps on a multiprocessor.
     """
 
     rows: int
@@ -52,14 +53,16 @@ class ProductTiles(NamedTuple):
     group: int = 8
     parts: int = 2
     persistent: int = 0
+    registers: int | None = None
 
 
 PRODUCT_TILES = {
-    "128x128": ProductTiles(128, 128, 64, 3, 4, parts=1),
+    "128x128/2, 8 warps": ProductTiles(128, 128, 64, 3, 8, parts=2),
+    "128x128/4, 8 warps": ProductTiles(128, 128, 64, 3, 8, parts=4),
+    "128x128/4, 8 warps, 128 registers": ProductTiles(128, 128, 64, 3, 8, parts=4, registers=128),
     "128x128/2": ProductTiles(128, 128, 64, 3, 4, parts=2),
     "128x128/4": ProductTiles(128, 128, 64, 3, 4, parts=4),
     "128x128x32/4": ProductTiles(128, 128, 32, 5, 4, parts=4),
-    "128x256": ProductTiles(128, 256, 64, 3, 8, parts=1),
     "128x256/2": ProductTiles(128, 256, 64, 3, 8, parts=2),
     "128x256/4": ProductTiles(128, 256, 64, 4, 8, parts=4),
     "256x128/2": ProductTiles(256, 128, 64, 3, 8, parts=2),
@@ -69,7 +72,11 @@ PRODUCT_TILES = {
 }
 
 
-_PRODUCT_CHOICE = {"inference": "128x128/4", "forward": "128x128/4", "backward": "128x128/4"}
+_PRODUCT_CHOICE = {
+    "inference": "128x128/4, 8 warps",
+    "forward": "128x128/4, 8 warps",
+    "backward": "128x128/4, 8 warps, 128 registers",
+}
 
 
 def product_tiles(use: str) -> ProductTiles:

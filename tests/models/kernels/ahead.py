@@ -13,6 +13,8 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dico_ray.models.kernels import block as operators
+from dico_ray.models.kernels import product
+from dico_ray.models.kernels.tiles import ProductTiles
 
 H100 = GPUTarget("cuda", 90, 32)
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -26,7 +28,16 @@ class Compiled(list[tuple[str, Any]]):
         self._known: set[Any] = set()
         monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda kernel, *a, **k: self._launch(kernel, *a, **k))
 
-    def _launch(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, **flags: Any) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        *arguments: Any,
+        grid: Any,
+        warmup: bool,
+        num_warps: int,
+        maxnreg: int | None = None,
+        **flags: Any,
+    ) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | flags
         signature, constants, attributes = {}, {}, {}
         for place, name in enumerate(kernel.arg_names):
@@ -37,12 +48,13 @@ class Compiled(list[tuple[str, Any]]):
                 signature[name] = _type(value)
                 if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                     attributes[(place,)] = [["tt.divisibility", 16]]
-        key = (kernel.__name__, str(signature), str(constants), num_warps)
+        key = (kernel.__name__, str(signature), str(constants), num_warps, maxnreg)
         if key not in self._known:
             self._known.add(key)
             source = ASTSource(kernel, signature, constants, attributes)
             name = f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.__name__} {constants}"
-            self.append((name, triton.compile(source, target=H100, options={"num_warps": num_warps})))
+            options = {"num_warps": num_warps, "maxnreg": maxnreg}
+            self.append((name, triton.compile(source, target=H100, options=options)))
 
 
 def _type(value: Tensor | TensorDescriptor | float) -> str:
@@ -70,3 +82,17 @@ def launch_all(shape: tuple[int, int, int, int], ratio: int, dtype: torch.dtype)
     operators.block_inference._init_fn(x, modulation, weights)
     _, stats = operators.norm_modulate._init_fn(x, modulation[:, : 2 * c])
     operators.norm_modulate_backward._init_fn(x, x, modulation[:, : 2 * c], stats)
+
+
+def launch_products(sizes: tuple[int, int, int], tiles: ProductTiles) -> None:
+    """The products with a GELU, rows x inner x columns, in bf16 on tensors without values."""
+    rows, inner, columns = sizes
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(*size, dtype=torch.bfloat16, device="meta")
+
+    for flag in (False, True):
+        product.linear_gelu(empty(rows, inner), empty(columns, inner), empty(columns), keep=flag, tiles=tiles)
+        product.gelu_input_gradient(
+            empty(rows, inner), empty(inner, columns), empty(rows, columns), again=flag, tiles=tiles
+        )
