@@ -122,13 +122,14 @@ def attention(i: Inputs, tolerance: float) -> None:
 
 
 def gelu_product(i: Inputs, tolerance: float) -> None:
-    """Sizes rounded up to what descriptors take; every tile that could be chosen."""
+    """Sizes rounded up to what descriptors take; on a GPU by the tiles that are chosen, else by all that could be."""
     *images, channels = i.shape
     inner, columns = tiles.ceil_div(channels, 8) * 8, tiles.ceil_div(3 * channels, 8) * 8
     x, weight, bias = i.draw(*images, inner), i.draw(columns, inner, scale=inner**-0.5), i.draw(columns)
     d_out, back = i.draw(*images, inner), i.draw(inner, columns, scale=inner**-0.5)
     wide = F.linear(x.double(), weight.double(), bias.double())
-    for chosen in dict.fromkeys(tiles.PRODUCT_TILES.values()):
+    used = {tiles.product_tiles(use) for use in product.LEAST}
+    for chosen in used if i.device == "cuda" else tiles.PRODUCT_TILES.values():
         pre, out = product.linear_gelu(x, weight, bias, keep=True, tiles=chosen)
         none, alone = product.linear_gelu(x, weight, bias, keep=False, tiles=chosen)
         assert pre is not None
