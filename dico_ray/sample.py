@@ -25,7 +25,7 @@ from dico_ray.data.generated import IMAGES, ImageSet, Range, gaps, image_set, to
 from dico_ray.data.latents import Autoencoder
 from dico_ray.diffusion import Diffusion, Guidance, Sampler, Solver, make_sampler
 from dico_ray.diffusion.noise import Stream, integers, normal
-from dico_ray.models import compile_blocks, use_kernels
+from dico_ray.models import compile_blocks, graph_inference, use_kernels
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ GRID, RECORD = "grid.png", "samples.json"
 _UNFINISHED = "unfinished.json"  # the record of images that are being made
 _GRID_COLUMNS = 10
 # Settings of how the work is cut and where it goes, not of what the images are.
-_NOT_RECORDED = {"checkpoint", "batch_size", "decode_batch", "piece", "writers", "output", "classes"}
+_NOT_RECORDED = {"checkpoint", "batch_size", "decode_batch", "piece", "writers", "output", "classes", "cuda_graphs"}
 
 
 def main(config: Config, *, verbose: bool = False) -> None:
@@ -181,9 +181,12 @@ class SampleActor:
         self._about = model_of(checkpoint)
         self.network = load_network(checkpoint, config).to(self.device)
         print(f"kernels: {use_kernels(self.network, config.model.kernels, self.device)}")
-        self._compiled = gpu and config.sample.compile
-        if self._compiled:
+        compiled, graphed = gpu and config.sample.compile, gpu and config.sample.cuda_graphs
+        if compiled:
             compile_blocks(self.network)
+        if graphed:
+            graph_inference(self.network)
+        self._one_shape = compiled or graphed
         self._classes: list[str] = checkpoint.about["classes"]
         self.images: ImageSet = image_set(
             config.sample.format, output_folder(config), self._classes, config.sample.count
@@ -240,10 +243,10 @@ class SampleActor:
     def latents(self, start: int, stop: int) -> Tensor:
         """Scaled latents (N, C, h, w) of images [start, stop).
 
-        Compiled networks are given whole batches: the latents of images that follow come along at the end.
+        Compiled and captured networks are given whole batches: the latents of images that follow come along at the end.
         """
         seed = self._config.sample.seed
-        if self._compiled:
+        if self._one_shape:
             stop = start + self._config.sample.batch_size
         rows = torch.arange(start, stop, device=self.device)
         size = (self._about.in_channels, self._about.latent_size, self._about.latent_size)

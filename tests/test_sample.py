@@ -209,6 +209,21 @@ def test_a_gpu_makes_the_cpus_images(make: Make, settings: dict[str, Any], toler
 
 
 @pytest.mark.gpu
+def test_cuda_graphs_make_the_same_images(make: Make) -> None:
+    """Bit by bit, guided in an interval, so that two shapes are captured; ragged batches come of whole ones."""
+    images = []
+    for graphed in (False, True):
+        config = make(steps=6, batch_size=8, cuda_graphs=graphed, guidance_scale=1.5, guidance_interval=(200, 800))
+        maker = sample.SampleActor(config, find_checkpoint(config), gpu=True)
+        images.append(maker.generate(0, 16)[0])
+    assert np.array_equal(*images)
+    assert np.abs(images[1][8:11].astype(int) - maker.generate(8, 11)[0]).max() <= 1
+    graphs = maker.network.inference_graphs
+    assert graphs
+    assert sorted(recorded.out.shape[0] for recorded in graphs._recorded.values()) == [8, 16]
+
+
+@pytest.mark.gpu
 def test_compiled_networks_make_the_same_images_in_ragged_pieces(make: Make, tmp_path: Path) -> None:
     config = make(compile=True, batch_size=8, decode_batch=5, count=11, piece=11, output=str(tmp_path))
     config = config.model_copy(update={"codec": config.codec.model_copy(update={"compile": True})})

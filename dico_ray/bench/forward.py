@@ -11,13 +11,14 @@ from torch import Tensor
 from dico_ray.bench import network as ways
 from dico_ray.bench.classes import by_class
 from dico_ray.config import Config
+from dico_ray.models import DiCo, graph_inference
 
 
 def main(
     config: Config, *, verbose: bool, variants: list[str], micro_batches: list[int], seconds: float, json: str
 ) -> None:
     """Prints and stores the rows; arguments and errors as in `bench train`."""
-    ways.check_variants(variants, without=("engine", "graphed"))
+    ways.check_variants(variants, without=("engine",))
     device = ways.device_of(config)
     print(ways.HEADER)
 
@@ -33,6 +34,9 @@ def measure_forward(
 ) -> dict[str, Any]:
     """One row. expected: the plain network's output, to compare with. Raises as `network.make_network`."""
     network = ways.make_network(variant, config, device).eval().requires_grad_(False)
+    if variant == "graphed":
+        assert isinstance(network, DiCo)
+        graph_inference(network)
     apart = ways.difference(variant, network, config, device, expected)
     x, _, t, y = ways.make_inputs(config, device, batch)
 

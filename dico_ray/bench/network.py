@@ -33,7 +33,7 @@ VARIANTS = {  # what is measured in training and in the forward pass, in the wor
     "eager": ("training, bare loop, layer by layer", "forward, bf16, layer by layer"),
     "compiled": ("training, bare loop, blocks compiled", "forward, bf16, blocks compiled"),
     "fused": ("training, bare loop, blocks fused", "forward, bf16, blocks fused"),
-    "graphed": ("training, bare loop, blocks fused, CUDA graphs", ""),
+    "graphed": ("training, bare loop, blocks fused, CUDA graphs", "forward, bf16, blocks fused, CUDA graphs"),
     "engine": ("", ""),  # its row tells it: it depends on the settings
     "rival": ("training, bf16, blocks compiled", "forward, bf16, blocks compiled"),
 }  # fmt: skip

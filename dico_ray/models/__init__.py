@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from dico_ray.models.dico import UNITS, DiCo, compile_blocks, create_model, graph_stages, use_kernels
+from dico_ray.models.dico import (
+    UNITS,
+    DiCo,
+    compile_blocks,
+    create_model,
+    graph_inference,
+    graph_stages,
+    use_kernels,
+)
 
-__all__ = ["UNITS", "DiCo", "compile_blocks", "create_model", "graph_stages", "use_kernels"]
+__all__ = ["UNITS", "DiCo", "compile_blocks", "create_model", "graph_inference", "graph_stages", "use_kernels"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_ray.config import ARCHITECTURES
-from dico_ray.models.graphs import StageGraphs
+from dico_ray.models.graphs import InferenceGraphs, StageGraphs
 from dico_ray.models.kernels.choice import choose
 from dico_ray.models.layers import (
     Block,
@@ -50,7 +50,11 @@ class DiCo(nn.Module):
 
     Raises:
         ValueError: a size outside its range.
+
+    inference_graphs: replays passes without gradients in evaluation mode, if `graph_inference` asked for it.
     """
+
+    inference_graphs: InferenceGraphs | None = None
 
     def __init__(
         self,
@@ -116,6 +120,11 @@ class DiCo(nn.Module):
             ValueError: x is not `(B, C, H, W)` with C = in_channels and H and W multiples of 4.
         """
         self._check_latents(x)
+        if self.inference_graphs is None or self.training or torch.is_grad_enabled():
+            return self._forward(x, t, y)
+        return self.inference_graphs.run(self._forward, x, t, y)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._prepare_graphs(x)
         c1, c2, c3 = self._conditions(t, y)
         x = x.to(self.dtype).permute(0, 2, 3, 1).contiguous()
@@ -221,6 +230,14 @@ def graph_stages(model: DiCo, lend_gradients: bool) -> None:
     graphs = StageGraphs(model._stages(), lend_gradients)
     for stage in model._stages():
         stage.graphs = graphs
+
+
+def graph_inference(model: DiCo) -> None:
+    """Has passes without gradients in evaluation mode captured as CUDA graphs at the first of a shape, then replayed.
+
+    The network's weights are on a GPU by that pass. Results are those of plain passes, bit by bit.
+    """
+    model.inference_graphs = InferenceGraphs(model.parameters())
 
 
 def use_kernels(model: DiCo, setting: str, device: torch.device, recompute_gelu: bool = True) -> str:

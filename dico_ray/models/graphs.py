@@ -1,13 +1,15 @@
-"""The network's stages as CUDA graphs: the host launches two graphs a stage where it would launch a thousand kernels.
+"""The network as CUDA graphs, which the host launches where it would launch thousands of kernels.
+
+For passes with gradients, two graphs a stage (`StageGraphs`); for those without, one for all (`InferenceGraphs`).
 
 A stage's forward and backward passes are captured once, for one shape of latents, and replayed from then on. All
-graphs share one pool of memory, and are replayed in the order of their capture, so together they take what one plain
-pass takes; the gradients of the weights on top of it, which stay where the captured passes put them.
+stages' graphs share one pool of memory, and are replayed in the order of their capture, so together they take what one
+plain pass takes; the gradients of the weights on top of it, which stay where the captured passes put them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 _WARM_UPS = 2  # the first compiles, loads and chooses kernels, none of which a capture may do
+_SHAPES = 4  # of inputs, such as those of guided and of unguided passes
 
 
 @dataclass
@@ -90,6 +93,63 @@ class StageGraphs:
                 one.backward()
         for stage, one, pair in zip(self._stages, passes, graphs, strict=True):
             self._captured[stage] = one.captured(*pair, self._lend)
+
+
+@dataclass
+class _Recorded:
+    """A pass without gradients: where its graph finds its inputs and leaves its output."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    out: Tensor
+
+
+class InferenceGraphs:
+    """Captures a network's passes without gradients, a graph for each shape of inputs, and replays them.
+
+    Graphs share one pool of memory, since nothing in it outlives a replay: together they hold what one pass takes. The
+    first few shapes have graphs, others run as they would without.
+
+    weights: the network's, where they stay: replays see values that change in place, and weights that have moved are
+    captured again.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._weights = list(weights)
+        self._recorded: dict[Any, _Recorded] = {}
+        self._key: Any = None
+        self._pool: Any = None
+
+    def run(self, network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`network(*inputs)`: always the same network, tensors on one GPU, one tensor out."""
+        key = tuple(weight.data_ptr() for weight in self._weights)
+        if key != self._key:
+            self._recorded, self._key, self._pool = {}, key, torch.cuda.graph_pool_handle()
+        shapes = tuple((given.shape, given.dtype, given.device) for given in inputs)
+        found = self._recorded.get(shapes)
+        if found is None:
+            if len(self._recorded) >= _SHAPES:
+                return network(*inputs)
+            found = self._recorded[shapes] = self._record(network, inputs)
+        for place, given in zip(found.inputs, inputs, strict=True):
+            place.copy_(given)
+        found.graph.replay()
+        return found.out.clone()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _record(self, network: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recorded:
+        device = inputs[0].device
+        places = tuple(given.clone() for given in inputs)  # what is made in inference mode could not be written later
+        torch.cuda.synchronize(device)
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                network(*places)
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            out = network(*places)
+        return _Recorded(graph, places, out)
 
 
 class _Pass:

@@ -141,9 +141,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(condition)
         if self.fused:
-            from dico_ray.models.kernels.block import block
+            from dico_ray.models.kernels.block import block, block_inference
 
-            return block(x, modulation, self._weights(), self.keep_gelu and torch.is_grad_enabled())[0]
+            if not torch.is_grad_enabled():
+                return block_inference(x, modulation, self._weights())
+            return block(x, modulation, self._weights(), self.keep_gelu)[0]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         h = F.gelu(self.conv2(self.conv1(layer_norm_modulate(x, shift_1, scale_1))))
         x = gated_residual(x, self.conv3(h * self.ca(h)), gate_1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dico_ray.models import DiCo, create_model, graph_stages, use_kernels
+from dico_ray.models import DiCo, create_model, graph_inference, graph_stages, use_kernels
 from dico_ray.settings import build
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +72,39 @@ def test_replays_give_what_plain_passes_give(kernels: str, lend: bool) -> None:
             for one, two in zip(plain.parameters(), graphed.parameters(), strict=True):
                 one += 0.01 * torch.randn_like(one)
                 two.copy_(one)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_passes_without_gradients_replay_what_plain_ones_give(kernels: str) -> None:
+    """Bit by bit: in either mode, over shapes, changed weights and weights that moved; an output stays as it was."""
+    plain, graphed = _networks(kernels, lend=True)
+    graph_inference(graphed)
+    plain.eval(), graphed.eval()
+    graphs = graphed.inference_graphs
+    assert graphs
+    for turn, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad)):
+        with mode():
+            for batch in (3, 2, 3):
+                first, second = _inputs(batch), _inputs(batch)
+                kept, expected = graphed(*first), plain(*first)
+                assert torch.equal(plain(*second), graphed(*second))
+                assert torch.equal(kept, expected)
+        assert [recorded.out.shape[0] for recorded in graphs._recorded.values()] == [3, 2]
+        for one, two in zip(plain.parameters(), graphed.parameters(), strict=True):
+            one.data += 0.01 * torch.randn_like(one)
+            if turn == 1:
+                two.data = one.data.clone()
+            else:
+                two.data.copy_(one.data)
+    with torch.no_grad():
+        for batch in range(1, 8):
+            inputs = _inputs(batch)
+            assert torch.equal(plain(*inputs), graphed(*inputs))
+    assert len(graphs._recorded) == 4
+    assert graphed(*_inputs()).requires_grad
+    graphed.train()
+    with torch.no_grad():
+        assert torch.equal(plain(*inputs), graphed(*inputs))
 
 
 def test_weights_that_moved_are_captured_again() -> None:

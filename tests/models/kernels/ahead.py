@@ -10,11 +10,14 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dico_ray.models.kernels import block as operators
+from dico_ray.models.kernels import product
+from dico_ray.models.kernels.tiles import ProductTiles
 
 H100 = GPUTarget("cuda", 90, 32)
-_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Compiled(list[tuple[str, Any]]):
@@ -25,7 +28,16 @@ class Compiled(list[tuple[str, Any]]):
         self._known: set[Any] = set()
         monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda kernel, *a, **k: self._launch(kernel, *a, **k))
 
-    def _launch(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int, **flags: Any) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        *arguments: Any,
+        grid: Any,
+        warmup: bool,
+        num_warps: int,
+        maxnreg: int | None = None,
+        **flags: Any,
+    ) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | flags
         signature, constants, attributes = {}, {}, {}
         for place, name in enumerate(kernel.arg_names):
@@ -33,18 +45,23 @@ class Compiled(list[tuple[str, Any]]):
             if value is None or kernel.params[place].is_constexpr or (isinstance(value, int) and value == 1):
                 signature[name], constants[(place,)] = "constexpr", value
             else:
-                signature[name] = _TYPES[value.dtype] if isinstance(value, Tensor) else _number(value)
+                signature[name] = _type(value)
                 if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                     attributes[(place,)] = [["tt.divisibility", 16]]
-        key = (kernel.__name__, str(signature), str(constants), num_warps)
+        key = (kernel.__name__, str(signature), str(constants), num_warps, maxnreg)
         if key not in self._known:
             self._known.add(key)
             source = ASTSource(kernel, signature, constants, attributes)
             name = f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.__name__} {constants}"
-            self.append((name, triton.compile(source, target=H100, options={"num_warps": num_warps})))
+            options = {"num_warps": num_warps, "maxnreg": maxnreg}
+            self.append((name, triton.compile(source, target=H100, options=options)))
 
 
-def _number(value: float) -> str:
+def _type(value: Tensor | TensorDescriptor | float) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "i32" if isinstance(value, int) else "fp32"
 
 
@@ -62,5 +79,20 @@ def launch_all(shape: tuple[int, int, int, int], ratio: int, dtype: torch.dtype)
     for keep_gelu in (False, True):
         _, *kept = operators.block._init_fn(x, modulation, weights, keep_gelu)
         operators.block_backward._init_fn(x, x, modulation, weights, kept)
+    operators.block_inference._init_fn(x, modulation, weights)
     _, stats = operators.norm_modulate._init_fn(x, modulation[:, : 2 * c])
     operators.norm_modulate_backward._init_fn(x, x, modulation[:, : 2 * c], stats)
+
+
+def launch_products(sizes: tuple[int, int, int], tiles: ProductTiles) -> None:
+    """The products with a GELU, rows x inner x columns, in bf16 on tensors without values."""
+    rows, inner, columns = sizes
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(*size, dtype=torch.bfloat16, device="meta")
+
+    for flag in (False, True):
+        product.linear_gelu(empty(rows, inner), empty(columns, inner), empty(columns), keep=flag, tiles=tiles)
+        product.gelu_input_gradient(
+            empty(rows, inner), empty(inner, columns), empty(rows, columns), again=flag, tiles=tiles
+        )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dico_ray.models.kernels import activation, adaln, depthwise, plain
+from dico_ray.models.kernels import activation, adaln, depthwise, plain, product, tiles
 from dico_ray.models.layers import Block
 
 Shape = tuple[int, int, int, int]
@@ -121,6 +121,32 @@ def attention(i: Inputs, tolerance: float) -> None:
     compare([again], exact[:1], tolerance)
 
 
+def gelu_product(i: Inputs, tolerance: float) -> None:
+    """Sizes rounded up to what descriptors take; on a GPU by the tiles that are chosen, else by all that could be."""
+    *images, channels = i.shape
+    inner, columns = tiles.ceil_div(channels, 8) * 8, tiles.ceil_div(3 * channels, 8) * 8
+    x, weight, bias = i.draw(*images, inner), i.draw(columns, inner, scale=inner**-0.5), i.draw(columns)
+    d_out, back = i.draw(*images, inner), i.draw(inner, columns, scale=inner**-0.5)
+    wide = F.linear(x.double(), weight.double(), bias.double())
+    used = {tiles.product_tiles(use) for use in product.LEAST}
+    for chosen in used if i.device == "cuda" else tiles.PRODUCT_TILES.values():
+        pre, out = product.linear_gelu(x, weight, bias, keep=True, tiles=chosen)
+        none, alone = product.linear_gelu(x, weight, bias, keep=False, tiles=chosen)
+        assert pre is not None
+        assert none is None
+        assert torch.equal(alone, out)
+        compare([pre, out], [wide, F.gelu(wide)], tolerance)
+        d_wide, total, again = product.gelu_input_gradient(d_out, back, pre, tiles=chosen)
+        exact = gradients(lambda u: (F.linear(F.gelu(u), back.double()),), [pre], [d_out])[1]
+        compare([d_wide], [exact], tolerance)
+        compare([total], [exact.flatten(0, -2).sum(0)], 10 * tolerance)
+        assert again is not None
+        assert torch.equal(again, out)
+        kept, _, none = product.gelu_input_gradient(d_out, back, pre, again=False, tiles=chosen)
+        assert none is None
+        assert torch.equal(kept, d_wide)
+
+
 def make_block(i: Inputs, ratio: int) -> Block:
     made = Block(i.shape[-1], ratio)
     for parameter in made.parameters():
@@ -140,11 +166,13 @@ def block(i: Inputs, tolerance: float, ratio: int = 2) -> None:
         inputs = [t.detach().to(dtype).requires_grad_() for t in (x, condition)]
         out = made(*inputs)
         results.append([out.detach(), *torch.autograd.grad(out, [*inputs, *made.parameters()], d_out.to(dtype))])
+        with torch.no_grad():
+            compare([made(*inputs)], [out.double()], tolerance)
     compare(results[0], results[2], tolerance)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
 
 
 CASES = {
     "norm": norm, "residual": residual, "residual_norm": residual_norm, "convolution": convolution, "gelu": gelu,
-    "attention": attention, "block": block,
+    "attention": attention, "gelu_product": gelu_product, "block": block,
 }  # fmt: skip

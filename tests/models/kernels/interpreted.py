@@ -6,6 +6,8 @@ since TRITON_INTERPRET has to be set before anything imports Triton.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from dico_ray.bench import kernels as kernels_bench
 from dico_ray.models import UNITS, create_model, use_kernels
-from dico_ray.models.kernels.block import block, norm_modulate
+from dico_ray.models.kernels import activation, product
+from dico_ray.models.kernels.block import block, block_inference, norm_modulate
 from dico_ray.settings import build
 from tests.models.kernels import cases
 
@@ -60,6 +63,51 @@ def test_many_programs_share_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in cases.CASES.values():
         case(cases.Inputs((1, 17, 9, 11), torch.float32, "cpu"), 2e-5)
     assert min(cut.splits for cut in cuts) > 1
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 72), (1, 3, 2, 8)])
+def test_a_block_whose_products_do_the_gelu(shape: cases.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        kernel = getattr(product, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            made.append(name)
+            return kernel(*given, **named)
+
+        return call
+
+    for name in ("linear_gelu", "gelu_input_gradient"):
+        monkeypatch.setattr(product, name, noted(name))
+    monkeypatch.setattr(product, "LEAST", dict.fromkeys(product.LEAST, 0))
+    monkeypatch.setattr(product, "DTYPES", (torch.float32,))
+    cases.block(cases.Inputs(shape, torch.float32, "cpu"), 2e-5)
+    assert made.count("gelu_input_gradient") == 2
+    assert made.count("linear_gelu") == 4
+
+
+def test_a_product_does_the_gelu_where_sizes_and_addresses_let_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(6, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(product, "LEAST", {"inference": 6 * 16 * 32, "forward": 6 * 16 * 32 + 1, "backward": None})
+    assert product.pays("inference", x, weight, 32)
+    assert not product.pays("inference", x[:5], weight, 32)
+    assert not product.pays("forward", x, weight, 32)
+    assert not product.pays("backward", x, weight, 32)
+    monkeypatch.setattr(product, "LEAST", dict.fromkeys(product.LEAST, 0))
+    assert product.pays("backward", x, weight, 32)
+    assert not product.pays("forward", x.float(), weight.float(), 32)  # the library's
+    assert not product.pays("forward", x, weight, 36)  # rows of 72 bytes
+    moved = torch.zeros(32 * 16 + 1, dtype=torch.bfloat16)[1:].view(32, 16)
+    assert not product.pays("forward", x, moved, 32)
+
+
+def test_the_gelus_integral_is_that_of_erf() -> None:
+    x = torch.linspace(-12, 12, 20001).view(1, 1, -1, 3)
+    exact = torch.nn.functional.gelu(x.double())
+    assert float(((activation.gelu(x) - exact) / x.abs().clamp_min(1)).abs().max()) < 1.2e-7  # fp32's rounding
+    small = x.abs() < 5
+    assert float(((activation.gelu(x) - exact).abs() / exact.abs().clamp_min(1e-30))[small & (x != 0)].max()) < 0.02
 
 
 def test_bfloat16_runs() -> None:
@@ -123,6 +171,7 @@ def test_the_operators_are_sound() -> None:
     x, modulation = i.like().requires_grad_(), i.draw(2, 36).requires_grad_()
     for keep_gelu in (False, True):
         torch.library.opcheck(block, (x, modulation, made._weights(), keep_gelu))
+    torch.library.opcheck(block_inference, (x.detach(), modulation.detach(), [w.detach() for w in made._weights()]))
     torch.library.opcheck(norm_modulate, (x, i.draw(2, 12).requires_grad_()))
 
 

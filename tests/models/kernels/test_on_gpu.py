@@ -19,6 +19,8 @@ SHAPES = [(4, 32, 32, 416), (4, 16, 16, 832), (4, 8, 8, 1664), (4, 32, 32, 832),
 def test_a_kernel_computes_what_its_twin_does_in_float64(
     name: str, shape: cases.Shape, dtype: torch.dtype, tolerance: float
 ) -> None:
+    if name == "gelu_product" and dtype == torch.float32:
+        pytest.skip("products in fp32 are the library's")
     torch.seed()
     cases.CASES[name](cases.Inputs(shape, dtype, "cuda"), tolerance)
 
@@ -30,3 +32,21 @@ def test_two_runs_are_equal_bit_by_bit() -> None:
     x, condition, d_out = i.like().requires_grad_(), i.draw(8, 832), i.like()
     first, second = (torch.autograd.grad(made(x, condition), [x, *made.parameters()], d_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("images", "ratio"), [(16, 2), (16, 4)])
+def test_a_pass_without_gradients_keeps_nothing(images: int, ratio: int) -> None:
+    """At its peak: the stream, the norm that the wide product takes, and what that and the GELU make."""
+    i = cases.Inputs((images, 32, 32, 416), torch.bfloat16, "cuda")
+    made = cases.make_block(i, ratio)
+    made.fused = True
+    x, condition = i.like(), i.draw(images, 416)
+    with torch.no_grad():
+        made(x, condition)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = made(x, condition)
+    assert torch.cuda.max_memory_allocated() - before < (2 * ratio + 2.5) * x.nbytes
+    assert torch.cuda.memory_allocated() - before < 1.1 * x.nbytes
+    assert out.shape == x.shape
