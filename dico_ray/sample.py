@@ -29,6 +29,7 @@ from dico_ray.models import compile_blocks, graph_inference, use_kernels
 from dico_ray.progress import Progress
 from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
+from dico_ray.training.ema import initial_share
 from dico_ray.weights import check_codec, find_checkpoint, load_network, model_of
 
 __all__ = ["GRID", "IMAGES", "RECORD", "SampleActor", "draw_labels", "grid_picture", "main", "output_folder"]
@@ -54,6 +55,8 @@ def main(config: Config, *, verbose: bool = False) -> None:
         return
     if not checkpoint.about["codec"]["hash"]:
         print(f"sample: the checkpoint does not tell its autoencoder: {config.codec.vae} decodes, unchecked")
+    if told := young_average(config, checkpoint):
+        print(f"sample: {told}")
     count, classes = config.sample.count, checkpoint.about["classes"]
     images = image_set(config.sample.format, output, classes, count)
     if _recorded(output, _UNFINISHED) != record:
@@ -99,6 +102,20 @@ def check(config: Config, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"sample.guidance_channels: 3, but the latents have {channels} channels; set sample.guidance_channels: all"
         )
+
+
+def young_average(config: Config, checkpoint: Checkpoint) -> str:
+    """What to know of averages that still hold much of the initial weights; empty otherwise."""
+    if config.sample.weights != "ema" or "ema_decay" not in checkpoint.about.get("config", {}).get("train", {}):
+        return ""
+    decay = checkpoint.about["config"]["train"]["ema_decay"]
+    share = initial_share(decay, checkpoint.step)
+    if "imported" in checkpoint.about or not share:
+        return ""
+    return (
+        f"{100 * share:.0f}% of the averaged weights at step {checkpoint.step} are still the initial ones "
+        f"(train.ema_decay {decay:g}): train longer, or take --sample.weights model"
+    )
 
 
 def _make(config: Config, checkpoint: Checkpoint, missing: list[Range]) -> None:

@@ -18,7 +18,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dico_ray import cluster, evaluator, ingest, recorder, worker
-from dico_ray.config import Config, ConfigError, UserError
+from dico_ray.config import Config, ConfigError, Train, UserError
 from dico_ray.data.shards import Manifest, ShardError
 from dico_ray.evaluator import Evaluator
 from dico_ray.progress import Progress
@@ -27,6 +27,7 @@ from dico_ray.storage import Storage
 from dico_ray.training import attempts, posthoc
 from dico_ray.training.attempts import Attempt, FencedError
 from dico_ray.training.checkpoint import Checkpoint, DamagedError
+from dico_ray.training.ema import initial_share
 from dico_ray.training.evaluations import Evaluations
 from dico_ray.training.loop import DivergedError
 from dico_ray.training.validation import check_held_out
@@ -64,6 +65,8 @@ def main(config: Config, *, verbose: bool = False) -> None:
     if last and last.step >= config.train.steps and not (due and due.due()):
         print(f"train: {config.run.folder} has its checkpoint of step {last.step}: nothing to do")
         return
+    if told := short_for_average(config.train):
+        print(f"train: {told}", flush=True)
     run.write(CONFIG, config.to_yaml().encode())
     cluster.connect(verbose, config.run.name)
     gpu, least = cluster.uses_gpu(config.resources), config.train.world_sizes[-1]
@@ -106,6 +109,23 @@ def check_fits(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"train.flip: true, but {where} hold no mirrored images' latents; set train.flip false")
     if len(manifest.classes) > model.num_classes:
         raise ConfigError(f"model.num_classes: {model.num_classes}, but {where} have {len(manifest.classes)}")
+
+
+def short_for_average(train: Train) -> str:
+    """What to know of a run that ends before its averages have forgotten the initial weights; empty otherwise."""
+    share = initial_share(train.ema_decay, train.steps)
+    if not share:
+        return ""
+    return (
+        f"at train.steps = {train.steps} the averaged weights, which samples and validations are of, will be "
+        f"{100 * share:.0f}% the initial ones by train.ema_decay {train.ema_decay:g}; {_fitting(train.steps):g} would "
+        "leave 1%"
+    )
+
+
+def _fitting(steps: int) -> float:
+    """The decay, in two significant digits of what it lacks to 1, by which 1% of the initial weights is left."""
+    return 1 - float(f"{1 - 0.01 ** (1 / steps):.1e}")
 
 
 def check_resumes(config: Config, manifest: Manifest) -> Checkpoint | None:

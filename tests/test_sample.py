@@ -79,6 +79,25 @@ def test_bf16_keeps_to_its_own_rounding(make: Make) -> None:
     assert np.abs(short.astype(int) - again).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+    ("decay", "weights", "says"),
+    [
+        (0.999, "ema", "99% of the averaged weights at step 7 are still the initial ones (train.ema_decay 0.999)"),
+        (0.6, "ema", ""),  # 3%
+        (0.999, "model", ""),
+    ],
+)
+def test_averages_that_still_hold_the_initial_weights_are_told(
+    make: Make, decay: float, weights: str, says: str
+) -> None:
+    config = make(weights=weights)
+    checkpoint = find_checkpoint(config)
+    checkpoint.about["config"]["train"]["ema_decay"] = decay
+    told = sample.young_average(config, checkpoint)
+    assert told.startswith(says)
+    assert bool(told) == bool(says)
+
+
 def test_a_seed_makes_other_images(make: Make) -> None:
     first, _ = actor(make()).generate(0, 2)
     second, _ = actor(make(seed=1)).generate(0, 2)

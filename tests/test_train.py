@@ -51,6 +51,19 @@ def _ema(config: Config) -> np.ndarray:
     return np.concatenate([t.flatten().numpy() for t in last.tensors("ema").values()])
 
 
+@pytest.mark.parametrize(("decay", "steps"), [(0.9999, 400), (0.999, 858), (0.9, 8)])
+def test_a_run_that_ends_before_its_averages_forget_is_told_a_decay_that_fits(
+    decay: float, steps: int, latents: Path, tmp_path: Path
+) -> None:
+    config = _config(latents, tmp_path, "short", steps=steps, ema_decay=decay)
+    told = train.short_for_average(config.train)
+    assert f"{100 * decay**steps:.0f}% the initial ones by train.ema_decay {decay:g}" in told
+    better = float(told.split("; ")[1].split()[0])
+    assert better**steps == pytest.approx(0.01, rel=0.3)
+    fits = _config(latents, tmp_path, "short", steps=steps, ema_decay=better)
+    assert train.short_for_average(fits.train) == ""
+
+
 @pytest.fixture(scope="module")
 def straight(latents: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
     """One worker, eight steps, without a break: what every other way has to equal."""

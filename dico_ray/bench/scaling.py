@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from json import dumps
 from typing import Any
 
@@ -31,6 +32,7 @@ from dico_ray.settings import build, merge
 from dico_ray.storage import Storage
 
 _STAGES = (0, 1, 2, 3)
+_LOOK_S = 0.5
 _TIMEOUT_S = 300  # of a collective: a worker without memory leaves the others waiting
 
 
@@ -56,16 +58,16 @@ def main(
         most * config.resources.worker_cpus, most if gpu else 0, f"--workers {most}", "it, or resources.worker_cpus"
     )
     rows: list[dict[str, Any]] = []
-    print(HEADER)
+    print(HEADER, flush=True)
     for size in sorted(set(workers)):
         for found in _run(config, size, stages, micro_batches, steps, gpu):
             rows.append(found)
             found["efficiency"] = efficiency(found, rows)
             print(line(found), flush=True)
+            if json:  # as they come: large networks take minutes
+                folder, base = os.path.split(os.path.abspath(json))
+                Storage(folder).write(base, dumps(_figures(rows), indent=1).encode())
     print("\n" + ways.class_table([{**row, "variant": f"{row['workers']}x ZeRO-{row['stage']}"} for row in rows]))
-    if json:
-        folder, base = os.path.split(os.path.abspath(json))
-        Storage(folder).write(base, dumps(_figures(rows), indent=1).encode())
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,20 +111,30 @@ def line(found: dict[str, Any]) -> str:
 
 def _run(
     config: Config, size: int, stages: list[int], batches: list[int], steps: int, gpu: bool
-) -> list[dict[str, Any]]:
-    """The rows of one number of workers."""
+) -> Iterator[dict[str, Any]]:
+    """The rows of one number of workers, each when it is there. Raises what ended the workers, if that came first."""
     rows: Any = ray.remote(_Rows).options(num_cpus=0).remote()
     task = {"config": config.model_dump(), "stages": stages, "batches": batches, "steps": steps, "rows": rows}
     bundle = cluster.worker_bundle(config.resources, gpu)
     with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as folder:
-        TorchTrainer(
+        trainer = TorchTrainer(
             _worker,
             train_loop_config=task,
             scaling_config=ScalingConfig(num_workers=size, use_gpu=gpu, resources_per_worker=bundle),
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_TIMEOUT_S),
             run_config=RunConfig(name="scaling", storage_path=folder),
-        ).fit()
-    return ray.get(rows.all.remote())
+        )
+        with ThreadPoolExecutor(1) as thread:
+            done, told = thread.submit(trainer.fit), 0
+            while True:
+                over = done.done()
+                found = ray.get(rows.since.remote(told))
+                yield from found
+                told += len(found)
+                if over:
+                    break
+                time.sleep(_LOOK_S)
+            done.result()
 
 
 class _Rows:
@@ -134,8 +146,8 @@ class _Rows:
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
 
-    def all(self) -> list[dict[str, Any]]:
-        return self._rows
+    def since(self, told: int) -> list[dict[str, Any]]:
+        return self._rows[told:]
 
 
 def _worker(task: dict[str, Any]) -> None:

@@ -15,6 +15,13 @@ from dico_ray.training import posthoc
 from dico_ray.training.engine import Engine
 
 CONSTANT = "ema"
+_NOTICED = 0.05  # of an average: with more of the initial weights in it, it is markedly worse than the network
+
+
+def initial_share(decay: float, step: int) -> float:
+    """How much of the average of a constant decay the initial weights still are after so many steps; 0 if little."""
+    share = decay**step
+    return share if share > _NOTICED else 0.0
 
 
 class EMA:
