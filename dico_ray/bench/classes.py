@@ -19,7 +19,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|scaled_dot_product|_attention_"),
     ("normalisation and modulation", r"adaln|layer_norm|var_mean|welford"),
     ("matrix products", r"gemm|gemv|cutlass|nvjet|cublas|splitk|xmma|wgmma|cudnn|convolution|conv2d|addmm|::mm|::bmm|"
-                        r"::linear|implicit|_linear_gelu|_gelu_input"),
+                        r"::linear|implicit|_linear_gelu"),
     ("reductions", r"reduce|triton_red|triton_per|::sum|::mean"),
     ("copies", r"memcpy|memset|copy|catarray|::cat|transpose"),
     ("elementwise", r""),

@@ -12,8 +12,8 @@ With keep_gelu the last is kept instead, r values more, and the pass that would 
 have memory to spare. The input is the output of the block before, counted once. Mean and deviation are 16 bytes a
 pixel on top. The biases' gradients fall out of the passes that make the gradients which they sum.
 
-Passes without gradients have an operator of their own, which keeps nothing. The feed-forward GELU is done by the
-products around it where `product.pays` says so, else by passes of `activation`.
+Passes without gradients have an operator of their own, which keeps nothing. There the feed-forward GELU is done by the
+product before it where `product.pays` says so, else by a pass of `activation`, as it is in training.
 
 One operator and not one a pass: a product's input is then recomputed without being kept by the product, and the
 host, which has dozens of launches a block to make, meets autograd once.
@@ -34,33 +34,12 @@ def _linear(x: Tensor, weights: list[Tensor], place: int) -> Tensor:
     return F.linear(x, weights[place].flatten(1), weights[place + 1])
 
 
-def _linear_gelu(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """-> conv4's output, and its GELU."""
+def _linear_gelu(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """The GELU of conv4's product, which is not kept."""
     weight, bias = weights[_CONV4].flatten(1), weights[_CONV4 + 1]
-    if product.pays("forward", x, weight, len(bias)):
-        pre, out = product.linear_gelu(x, weight, bias, keep=True)
-        assert pre is not None
-        return pre, out
-    pre = F.linear(x, weight, bias)
-    return pre, activation.gelu(pre)
-
-
-def _active(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """The GELU alone."""
-    weight, bias = weights[_CONV4].flatten(1), weights[_CONV4 + 1]
-    if product.pays("inference", x, weight, len(bias)):
-        return product.linear_gelu(x, weight, bias, keep=False)[1]
+    if product.pays(x, weight):
+        return product.linear_gelu(x, weight, bias)
     return activation.gelu(F.linear(x, weight, bias))
-
-
-def _gelu_input_gradient(
-    d_out: Tensor, weights: list[Tensor], wide: Tensor, again: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of conv5's product by conv4's output, as `activation.gelu_backward`. d_out: of the product."""
-    weight = weights[_CONV5].flatten(1)
-    if product.pays("backward", d_out, weight, weight.shape[1]):
-        return product.gelu_input_gradient(d_out, weight, wide, again)
-    return activation.gelu_backward(_input_gradient(d_out, weights[_CONV5]), wide, again)
 
 
 @torch.library.custom_op("dico_ray::block_inference", mutates_args=())
@@ -72,7 +51,7 @@ def block_inference(x: Tensor, modulation: Tensor, weights: list[Tensor]) -> Ten
     h = activation.gelu_scale(h, _linear(mean.to(x.dtype), weights, _ATTENTION).sigmoid())
     h = _linear(h, weights, _CONV3)
     stream, h, _ = adaln.residual_norm_modulate(x, h, gate_1, shift_2, scale_2)
-    h = _active(h, weights)
+    h = _linear_gelu(h, weights)
     h = _linear(h, weights, _CONV5)
     return adaln.residual(stream, h, gate_2)
 
@@ -100,7 +79,8 @@ def block(x: Tensor, modulation: Tensor, weights: list[Tensor], keep_gelu: bool)
     attention = _linear(pooled, weights, _ATTENTION).sigmoid()
     branch_1 = _linear(activation.gelu_scale(pre, attention), weights, _CONV3)
     middle, normed, stats_2 = adaln.residual_norm_modulate(x, branch_1, gate_1, shift_2, scale_2)
-    wide, active = _linear_gelu(normed, weights)
+    wide = _linear(normed, weights, _CONV4)
+    active = activation.gelu(wide)
     branch_2 = _linear(active, weights, _CONV5)
     out = adaln.residual(middle, branch_2, gate_2)
     active = active if keep_gelu else x.new_empty(0)
@@ -146,10 +126,11 @@ def block_backward(
 
     end = adaln.residual_backward(d_out, branch_2, gate_2)
     assert end.branch is not None and end.total is not None
-    d_wide, d_bias, again = _gelu_input_gradient(end.branch, weights, wide, again=not active.numel())
+    d_active = _input_gradient(end.branch, weights[_CONV5])
+    d_wide, d_bias, again = activation.gelu_backward(d_active, wide, again=not active.numel())
     active = active if again is None else again
     keep(_CONV5, _weight_gradient(end.branch, active, weights[_CONV5]), (end.total * gate_2).sum(0))
-    del active, again
+    del active, again, d_active
 
     mid = adaln.residual_norm_modulate_backward(
         d_out, _input_gradient(d_wide, weights[_CONV4]), middle, stats_2, branch_1, gate_1, shift_2, scale_2

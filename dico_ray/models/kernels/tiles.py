@@ -36,54 +36,6 @@ class Tiles(NamedTuple):
     stages: int = 1
 
 
-class ProductTiles(NamedTuple):
-    """A program of a matrix product makes a tile of rows x columns, `inner` values of the sum at a time.
-
-    stages: tiles of the factors in flight. group: rows of tiles whose programs run together. parts: in how many parts
-    of its columns (1, 2 or 4) a tile is written: the more, the less shared memory and the fewer registers. persistent:
-    programs per multiprocessor, each of which goes from tile to tile; 0: a program makes one tile.
-    registers: the most that a thread may take, such as 128 for two programs of 8 warps on a multiprocessor.
-    """
-
-    rows: int
-    columns: int
-    inner: int
-    stages: int
-    warps: int
-    group: int = 8
-    parts: int = 2
-    persistent: int = 0
-    registers: int | None = None
-
-
-PRODUCT_TILES = {
-    "128x128/2, 8 warps": ProductTiles(128, 128, 64, 3, 8, parts=2),
-    "128x128/4, 8 warps": ProductTiles(128, 128, 64, 3, 8, parts=4),
-    "128x128/4, 8 warps, 128 registers": ProductTiles(128, 128, 64, 3, 8, parts=4, registers=128),
-    "128x128/2": ProductTiles(128, 128, 64, 3, 4, parts=2),
-    "128x128/4": ProductTiles(128, 128, 64, 3, 4, parts=4),
-    "128x128x32/4": ProductTiles(128, 128, 32, 5, 4, parts=4),
-    "128x256/2": ProductTiles(128, 256, 64, 3, 8, parts=2),
-    "128x256/4": ProductTiles(128, 256, 64, 4, 8, parts=4),
-    "256x128/2": ProductTiles(256, 128, 64, 3, 8, parts=2),
-    "256x128/4": ProductTiles(256, 128, 64, 4, 8, parts=4),
-    "128x256/4, persistent": ProductTiles(128, 256, 64, 4, 8, parts=4, persistent=1),
-    "128x128/4, persistent": ProductTiles(128, 128, 64, 3, 4, parts=4, persistent=2),
-}
-
-
-_PRODUCT_CHOICE = {
-    "inference": "128x128/4, 8 warps",
-    "forward": "128x128/4, 8 warps",
-    "backward": "128x128/4, 8 warps, 128 registers",
-}
-
-
-def product_tiles(use: str) -> ProductTiles:
-    """Of a product with a GELU. use: as in `product.LEAST`."""
-    return PRODUCT_TILES[_PRODUCT_CHOICE[use]]
-
-
 def whole_channels(images: int, pixels: int, channels: int, sums: bool) -> Tiles:
     """For LayerNorm: every program sees all channels of its pixels. sums: it also sums them over its pixels."""
     block = power_of_two(channels)

@@ -13,8 +13,6 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dico_ray.models.kernels import block as operators
-from dico_ray.models.kernels import product
-from dico_ray.models.kernels.tiles import ProductTiles
 
 H100 = GPUTarget("cuda", 90, 32)
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -82,17 +80,3 @@ def launch_all(shape: tuple[int, int, int, int], ratio: int, dtype: torch.dtype)
     operators.block_inference._init_fn(x, modulation, weights)
     _, stats = operators.norm_modulate._init_fn(x, modulation[:, : 2 * c])
     operators.norm_modulate_backward._init_fn(x, x, modulation[:, : 2 * c], stats)
-
-
-def launch_products(sizes: tuple[int, int, int], tiles: ProductTiles) -> None:
-    """The products with a GELU, rows x inner x columns, in bf16 on tensors without values."""
-    rows, inner, columns = sizes
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(*size, dtype=torch.bfloat16, device="meta")
-
-    for flag in (False, True):
-        product.linear_gelu(empty(rows, inner), empty(columns, inner), empty(columns), keep=flag, tiles=tiles)
-        product.gelu_input_gradient(
-            empty(rows, inner), empty(inner, columns), empty(rows, columns), again=flag, tiles=tiles
-        )

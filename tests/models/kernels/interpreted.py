@@ -6,8 +6,6 @@ since TRITON_INTERPRET has to be set before anything imports Triton.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -65,41 +63,47 @@ def test_many_programs_share_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(cut.splits for cut in cuts) > 1
 
 
+def test_a_product_of_more_rows_of_tiles_than_run_together() -> None:
+    shape = (1, 90, 13, 88)
+    assert product.TILE_ROWS * product.GROUP < 90 * 13
+    assert 2 * product.TILE_COLUMNS < 3 * 88
+    assert product.TILE_INNER < 88
+    cases.gelu_product(cases.Inputs(shape, torch.float32, "cpu"), 2e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 7, 72), (1, 3, 2, 8)])
-def test_a_block_whose_products_do_the_gelu(shape: cases.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+def test_a_block_without_gradients_whose_product_does_the_gelu(
+    shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Size] = []
+    linear_gelu = product.linear_gelu
 
-    def noted(name: str) -> Callable[..., Any]:
-        kernel = getattr(product, name)
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        made.append(weight.shape)
+        return linear_gelu(x, weight, bias)
 
-        def call(*given: Any, **named: Any) -> Any:
-            made.append(name)
-            return kernel(*given, **named)
-
-        return call
-
-    for name in ("linear_gelu", "gelu_input_gradient"):
-        monkeypatch.setattr(product, name, noted(name))
-    monkeypatch.setattr(product, "LEAST", dict.fromkeys(product.LEAST, 0))
+    monkeypatch.setattr(product, "linear_gelu", noted)
+    monkeypatch.setattr(product, "LEAST", 0)
     monkeypatch.setattr(product, "DTYPES", (torch.float32,))
     cases.block(cases.Inputs(shape, torch.float32, "cpu"), 2e-5)
-    assert made.count("gelu_input_gradient") == 2
-    assert made.count("linear_gelu") == 4
+    assert made == [(2 * shape[-1], shape[-1])] * 2  # the passes with gradients leave it to the library
 
 
 def test_a_product_does_the_gelu_where_sizes_and_addresses_let_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.zeros(6, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
-    monkeypatch.setattr(product, "LEAST", {"inference": 6 * 16 * 32, "forward": 6 * 16 * 32 + 1, "backward": None})
-    assert product.pays("inference", x, weight, 32)
-    assert not product.pays("inference", x[:5], weight, 32)
-    assert not product.pays("forward", x, weight, 32)
-    assert not product.pays("backward", x, weight, 32)
-    monkeypatch.setattr(product, "LEAST", dict.fromkeys(product.LEAST, 0))
-    assert product.pays("backward", x, weight, 32)
-    assert not product.pays("forward", x.float(), weight.float(), 32)  # the library's
-    assert not product.pays("forward", x, weight, 36)  # rows of 72 bytes
+    def sized(rows: int, inner: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(rows, inner, dtype=torch.bfloat16), torch.zeros(columns, inner, dtype=torch.bfloat16)
+
+    assert product.pays(*sized(2**10, 2**10, 2**10))
+    assert not product.pays(*sized(2**10 - 1, 2**10, 2**10))
+    assert not product.pays(*sized(2**10, 2**10 + 8, 2**10))  # a long sum
+    monkeypatch.setattr(product, "LEAST", 0)
+    x, weight = sized(6, 16, 32)
+    assert product.pays(x, weight)
+    assert not product.pays(x.float(), weight.float())  # the library's
+    assert not product.pays(*sized(6, 16, 36))  # rows of 72 bytes
+    assert not product.pays(*sized(6, 12, 32))  # rows of 24 bytes
     moved = torch.zeros(32 * 16 + 1, dtype=torch.bfloat16)[1:].view(32, 16)
-    assert not product.pays("forward", x, moved, 32)
+    assert not product.pays(x, moved)
 
 
 def test_the_gelus_integral_is_that_of_erf() -> None:
