@@ -146,6 +146,8 @@ def _run(config: Config, source: ImageSource, plans: list[ShardPlan], gpu: bool,
     with Progress("encode", source.count, "images", done) as progress:
         for row in pool.iter_rows():
             done += row["images"]
+            if row["failed"]:
+                raise UserError(row["failed"])
             skipped += row["skipped"]
             _check_skipped(config, skipped)
             progress.update(done)
@@ -179,8 +181,18 @@ class ShardEncoder:
         self._vae = Autoencoder(config.codec.vae, config.codec.precision, device, gpu and config.codec.compile)
         self._codec = {**self._vae.describe(), "fingerprint": fingerprint}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        plan: ShardPlan = batch["plan"][0]
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """A shard's numbers of images and of those left out; failed: why it could not be made, where that is known.
+
+        Ray Data would wrap an error in its own, with a trace.
+        """
+        try:
+            images, skipped = self._make(batch["plan"][0])
+        except UserError as error:
+            return {"images": [0], "skipped": [0], "failed": [str(error)]}
+        return {"images": [images], "skipped": [skipped], "failed": [""]}
+
+    def _make(self, plan: ShardPlan) -> tuple[int, int]:
         encode = self._config.encode
         good: list[int] = []
         bad: list[str] = []
@@ -206,7 +218,7 @@ class ShardEncoder:
         labels = plan.labels
         shard = write_shard(self._target, plan.name, keys, latents, [labels[i] for i in good], chunk)
         self._record(shard, latents, chunk, bad)
-        return {"images": [plan.count], "skipped": [plan.count - len(good)]}
+        return plan.count, plan.count - len(good)
 
     def _load(self, part: tuple[Piece, int, int]) -> list[tuple[str, np.ndarray | str]]:
         """(name, pixels (size, size, 3) or why there are none) of each image of a part of a piece."""
@@ -225,9 +237,12 @@ class ShardEncoder:
 
         latents = torch.cat(parts)
         if not latents.isfinite().all():
+            precision = self._config.codec.precision
             raise UserError(
-                f"codec.precision: {self._config.codec.precision}, but latents of {plan.name} are not finite; "
-                "take bf16 or fp32"
+                f"codec.precision: fp16, but latents of {plan.name} are not finite; take bf16 or fp32"
+                if precision == "fp16"
+                else f"codec.vae: latents of {plan.name} are not finite in float16: its weights are broken, "
+                "or their scale is not this autoencoder's"
             )
         return latents.cpu().numpy()
 

@@ -111,12 +111,13 @@ class Total:
 
         Raises UserError for features that are not finite, ValueError if an image is in already.
         """
-        if not part.features.pool.isfinite().all():
-            first = start + int((~part.features.pool.isfinite()).any(dim=1).nonzero()[0])
-            raise UserError(
-                f"the features of image {first} are not finite: look at it (a sampler that diverged gives such), "
-                "then at codec.precision and sample.precision"
-            )
+        for found in (part.features.pool, part.features.spatial):
+            if found is not None and not found.isfinite().all():
+                first = start + int((~found.flatten(1).isfinite()).any(dim=1).nonzero()[0])
+                raise UserError(
+                    f"the features of image {first} are not finite: look at it (a sampler that diverged gives such), "
+                    "then at codec.precision, sample.precision and evaluate.precision"
+                )
         self.statistics.add(start, part.features)
         if part.read is not None:
             known = part.labels != UNKNOWN
@@ -274,6 +275,10 @@ def measure(
     if not work:
         return totals
     gpu = cluster.uses_gpu(config.resources)
+    if config.evaluate.precision != "fp32" and not gpu:
+        raise ConfigError(
+            f"evaluate.precision: {config.evaluate.precision} is a GPU's, and this runs on CPUs; take fp32"
+        )
     cluster.require_pool(config.resources, gpu)
     networks, images = ray.put(judges), ray.put(sources)
     actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)

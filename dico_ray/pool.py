@@ -141,6 +141,7 @@ class _Pool:
             self._waiting.appendleft(number)
             if actor not in self._dead:  # what waited at it is nobody's fault
                 self._dead.add(actor)
+                ray.kill(actor)  # one that cannot be reached may be alive, and hold what the next one needs
                 self._deaths_on[first] += 1
                 self._died(f"on {self._work[first]}", error, self._deaths_on[first])
             return None

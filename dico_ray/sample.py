@@ -110,7 +110,7 @@ def young_average(config: Config, checkpoint: Checkpoint) -> str:
         return ""
     decay = checkpoint.about["config"]["train"]["ema_decay"]
     share = initial_share(decay, checkpoint.step)
-    if "imported" in checkpoint.about or not share:
+    if not share or "imported" in checkpoint.about or "posthoc" in checkpoint.about:
         return ""
     return (
         f"{100 * share:.0f}% of the averaged weights at step {checkpoint.step} are still the initial ones "

@@ -91,11 +91,18 @@ def bundles(config: Config, gpu: bool) -> list[dict[str, float]]:
     return [worker] * config.train.world_sizes[0] + [{"CPU": ingest.READ_TASK_CPUS, "GPU": 0.0}]
 
 
+def _of_a_card(share: float) -> float:
+    """What a share of a GPU takes of it, since what is left over is of no use to another such share."""
+    return 1 / int(1 / share + 1e-6) if 0 < share < 1 else share
+
+
 def at_once(bundles: list[dict[str, float]], nodes: Iterable[dict[str, float]]) -> int:
     """How many trials the nodes hold at the same time, all their parts in place: no two can wait for each other.
 
-    Parts are placed one by one, on the first node with room.
+    Parts are placed one by one, on the first node with room. A share of a GPU is one card's: of a card, 0.4 is there
+    twice.
     """
+    bundles = [{**bundle, "GPU": _of_a_card(bundle.get("GPU", 0.0))} for bundle in bundles]
     free = [dict(node) for node in nodes]
     count = 0
     while True:

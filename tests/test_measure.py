@@ -74,8 +74,10 @@ def test_latents_that_are_not_finite_end_an_encoding(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(encoder, "_config", build({"codec": {"precision": "fp16"}}), raising=False)
     plan = ShardPlan("shard-00003.tar", 0, ())
     assert encoder._gather(plan, [torch.zeros(2, 3), torch.ones(1, 3)]).tolist() == [[0] * 3, [0] * 3, [1] * 3]
-    with pytest.raises(UserError, match=r"codec\.precision: fp16, but latents of shard-00003\.tar are not finite"):
-        encoder._gather(plan, [torch.zeros(2, 3), torch.tensor([[1.0, np.inf, 1.0]])])
+    for precision, says in (("fp16", r"codec\.precision: fp16, but latents of shard-00003"), ("fp32", r"codec\.vae: ")):
+        monkeypatch.setattr(encoder, "_config", build({"codec": {"precision": precision}}), raising=False)
+        with pytest.raises(UserError, match=says):
+            encoder._gather(plan, [torch.zeros(2, 3), torch.tensor([[1.0, np.inf, 1.0]])])
 
 
 @pytest.mark.gpu

@@ -96,6 +96,9 @@ def test_averages_that_still_hold_the_initial_weights_are_told(
     told = sample.young_average(config, checkpoint)
     assert told.startswith(says)
     assert bool(told) == bool(says)
+    # An average that `dico-ray ema` made has forgotten them, whatever train.ema_decay.
+    checkpoint.about["posthoc"] = {"sigma_rel": 0.1}
+    assert sample.young_average(config, checkpoint) == ""
 
 
 def test_a_seed_makes_other_images(make: Make) -> None:

@@ -166,6 +166,9 @@ def test_trials_of_small_models_share_gpus() -> None:
     shared = build({"train": {"num_workers": 1}, "resources": {"worker_gpus": 0.25, "worker_cpus": 1}})
     nodes = [{"CPU": 32.0, "GPU": 2.0}]
     assert sweep.at_once(sweep.bundles(shared, gpu=True), nodes) == 8
+    for share, fit in ((0.4, 4), (0.6, 2), (0.15, 12), (0.5, 4)):  # a share is one card's: two cards hold four of 0.4
+        some = build({"train": {"num_workers": 1}, "resources": {"worker_gpus": share}})
+        assert sweep.at_once(sweep.bundles(some, gpu=True), nodes) == fit
     whole = build({"train": {"num_workers": 1}})
     assert sweep.at_once(sweep.bundles(whole, gpu=True), nodes) == 2
     assert room(shared) == room(whole) / 4

@@ -13,12 +13,13 @@ import pytest
 import ray.data
 import torch
 import webdataset
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from PIL import Image
 from pyarrow import parquet
 from webdataset import WebDataset
 
-from dico_ray import encode, evaluate, sample, train
-from dico_ray.config import Config, ConfigError
+from dico_ray import demo, encode, evaluate, sample, train
+from dico_ray.config import Config, ConfigError, UserError
 from dico_ray.data import convert
 from dico_ray.data.images import ImageError
 from dico_ray.data.latents import Autoencoder
@@ -100,6 +101,16 @@ def test_the_same_images_give_the_same_shards_on_any_pool_and_batch(encoded: Man
     encode.main(same)
     hashes = [s.hashes for s in Manifest.load(Storage(same.data.latents)).shards]
     assert hashes == [s.hashes for s in encoded.shards]
+
+
+def test_a_broken_autoencoder_ends_an_encoding_with_its_reason(encoded: Manifest, folder: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(str(demo.VAE), low_cpu_mem_usage=False)
+    torch.nn.init.constant_(vae.encoder.conv_in.bias, float("nan"))
+    vae.save_pretrained(folder / "broken-vae")
+    config = _config(folder, data={"latents": str(folder / "never")}, codec={"vae": str(folder / "broken-vae")})
+    with pytest.raises(UserError, match=r"codec\.vae: latents of shard-0000\d\.tar are not finite"):
+        encode.main(config)
+    assert not (folder / "never" / "manifest.json").exists()
 
 
 def test_mirrored_latents_decode_to_the_mirrored_image(encoded: Manifest, folder: Path) -> None:

@@ -6,6 +6,7 @@ device, has a row that says so.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -171,7 +172,11 @@ def each_way(
 
 
 def begin(device: torch.device) -> None:
-    """Forgets what the variant before left: compiled code, cached memory, the peak of memory."""
+    """Forgets what the variant before left: compiled code, cached memory, the peak of memory.
+
+    DeepSpeed's engine and what it holds refer to each other: they go when they are looked for.
+    """
+    gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -125,26 +125,33 @@ def _run(
             run_config=RunConfig(name="scaling", storage_path=folder),
         )
         with ThreadPoolExecutor(1) as thread:
-            done, told = thread.submit(trainer.fit), 0
+            done, told, found_last = thread.submit(trainer.fit), 0, {}
             while True:
                 over = done.done()
                 found = ray.get(rows.since.remote(told))
                 yield from found
                 told += len(found)
+                found_last = found[-1] if found else found_last
                 if over:
                     break
                 time.sleep(_LOOK_S)
-            done.result()
+            try:
+                done.result()
+            except ray.train.TrainingFailedError:
+                if not told or "failed" not in found_last:
+                    raise
+                print(f"{'':8}{size} workers end there: the rows after it are left out", flush=True)
 
 
 class _Rows:
-    """What the first worker found."""
+    """What the first worker found, or where any was out of memory."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+        if row not in self._rows:  # several workers may fail at once
+            self._rows.append(row)
 
     def since(self, told: int) -> list[dict[str, Any]]:
         return self._rows[told:]
@@ -173,7 +180,10 @@ def _worker(task: dict[str, Any]) -> None:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
                 row = {**found, **about, "foreseen_gb": foreseen, "gpu": name}
             except torch.OutOfMemoryError:
-                row = {**about, "failed": "out of memory"}
+                ray.get(task["rows"].add.remote({**about, "failed": "out of memory"}))
+                if size > 1:  # the others wait in a collective
+                    raise
+                continue
             if dist.get_rank() == 0:
                 ray.get(task["rows"].add.remote(row))
 

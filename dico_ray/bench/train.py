@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -154,19 +154,19 @@ def measure_engine(
     with _group_of_one(device):
         began = time.perf_counter()
         engine, path = prepare(network, config, device)
-        ema = EMA(engine, train.ema_decay)
+        with closing(engine):
+            ema = EMA(engine, train.ema_decay)
 
-        def step() -> None:
-            for _ in range(accumulate):
-                engine.backward(diffusion.training_losses(engine, x, t, noise, y=y)["loss"].mean())
-            ema.update(1)
+            def step() -> None:
+                for _ in range(accumulate):
+                    engine.backward(diffusion.training_losses(engine, x, t, noise, y=y)["loss"].mean())
+                ema.update(1)
 
-        step()
-        ways.synchronize(device)
-        first = time.perf_counter() - began
-        took = timed(step, device)
-        classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
-        engine.close()
+            step()
+            ways.synchronize(device)
+            first = time.perf_counter() - began
+            took = timed(step, device)
+            classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
     flops = _FLOPS_OF_FORWARD * ways.image_flops("engine", config)
     return {
         **ways.row("engine", config, device, batch, accumulate * batch / took, flops), "first_s": first,

@@ -60,9 +60,11 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         x, pixels = input.float(), tuple(range(2, input.ndim))
-        grouped = (len(input), self.num_groups, -1)
-        mean, square = (m.view(grouped).mean(2, keepdim=True) for m in (x.mean(pixels), x.square().mean(pixels)))
-        rstd = ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
+        # Variances, not squares: those would lose all digits where a group's mean is large beside its deviation.
+        spread, middle = torch.var_mean(x, pixels, correction=0)
+        spread, middle = (m.view(len(input), self.num_groups, -1) for m in (spread, middle))
+        between, mean = torch.var_mean(middle, 2, correction=0, keepdim=True)
+        rstd = (spread.mean(2, keepdim=True) + between + self.eps).rsqrt()
         scale = rstd.expand(-1, -1, self.num_channels // self.num_groups).flatten(1) * self.weight.float()
         shift = self.bias.float() - mean.expand(-1, -1, self.num_channels // self.num_groups).flatten(1) * scale
         shape = (*scale.shape, *(1 for _ in pixels))

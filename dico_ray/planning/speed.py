@@ -48,17 +48,14 @@ def why_unknown(config: Config) -> str:
         return f"no speed was measured with train.precision {train.precision}"
     if train.offload:
         return "no speed was measured with train.offload true"
-    path = _path(config)
+    if train.zero_stage == 3 and path_of(config, 3).startswith("fused"):
+        return "no speed was measured at train.zero_stage 3 with fused blocks"
+    path = path_of(config, train.zero_stage)
     if path == "eager" and train.zero_stage < 3:
         return "no speed was measured with train.compile false"
     if path.startswith("fused") and not train.cuda_graphs:
         return "no speed was measured with train.cuda_graphs false"
     return ""
-
-
-def _path(config: Config) -> str:
-    """How blocks run, for their speed: at stage 3 the one row that was measured is of eager blocks."""
-    return "eager" if config.train.zero_stage == 3 else path_of(config, config.train.zero_stage)
 
 
 def micro_batch_time(
@@ -70,7 +67,7 @@ def micro_batch_time(
     """
     if why_unknown(config):
         return None
-    path = _path(config)
+    path = path_of(config, config.train.zero_stage)
     ladders = _ladders(rows or measured.rows(), path.split(",")[0])
     # The rows of compiled blocks are from before there were CUDA graphs, those of fused ones make the GELU again.
     alike = path in ("eager", "fused") or (path == "compiled" and not config.train.cuda_graphs)

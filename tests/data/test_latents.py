@@ -138,6 +138,15 @@ def test_a_filled_up_batch_keeps_its_layout() -> None:
         assert fill_up(batch, 3) is batch
 
 
+def test_the_channelwise_norm_keeps_its_digits_beside_a_large_mean() -> None:
+    x = draw((2, 32, 16, 16)) + 300
+    norm = torch.nn.GroupNorm(8, 32, eps=1e-6)
+    wanted = norm.double()(x.double())
+    norm.float().__class__ = ChannelwiseGroupNorm
+    # x itself has been rounded to 2e-5 of a deviation
+    torch.testing.assert_close(norm(x).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 5, 7), (2, 32, 11), (1, 64, 4, 4)])
 def test_the_channelwise_norm_is_the_group_norm(shape: tuple[int, ...]) -> None:
     plain = torch.nn.GroupNorm(8, shape[1], eps=1e-6)

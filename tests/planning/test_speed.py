@@ -153,6 +153,7 @@ def test_at_stage_3_the_one_row_gives_a_range() -> None:
         ({"precision": "fp32"}, "train.precision fp32"),
         ({"offload": True}, "train.offload true"),
         ({"compile": False}, "train.compile false"),
+        ({"zero_stage": 3, "kernels": "auto"}, "train.zero_stage 3 with fused blocks"),
         ({"cuda_graphs": False, "kernels": "auto"}, "train.cuda_graphs false"),
     ],
 )
