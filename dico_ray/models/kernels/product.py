@@ -3,8 +3,8 @@
 The library's product writes a tensor, the widest of the network, that a pass of its own reads to write another. Here a
 tile goes through the GELU on its way out. Other products stay the library's, and so do all of training: with the
 pre-activation kept for the backward pass, and with the GELU's slope on the second product's gradient, DiCo-H at
-micro-batch 64 on an H100 went from 282.3 images/s to 284.0 by the first, 286.0 by the second and 282.7 by both (one of
-these on another card; cards differ as much). Triton's product is slower than cuBLAS's by about what the pass costs.
+micro-batch 64 on an H100 went from 282.3 images/s to 284.0 by the first, 286.0 by the second (on another card) and
+282.7 by both, one run each. Triton's product is slower than cuBLAS's by about what the pass costs.
 
 Tiles are read and written through tensor descriptors (TMA on Hopper), which cut off what lies beyond the edges; they
 ask for rows of a multiple of 16 bytes. Twin: `torch.nn.functional.gelu` of `linear`.
@@ -30,8 +30,8 @@ STAGES, WARPS, GROUP = 3, 8, 8
 REGISTERS = 128  # the most that a thread may take: two programs fit a multiprocessor
 
 # Where the product is made here instead of by the library and a pass. It pays where the sum is short, for the pass is
-# then much of the time: on an H100 sums of 416 and 832 take 0.82 to 0.95 of the library's time, pass included, and
-# those of 1664 take 0.97 to 1.10.
+# then much of the time: on an H100 sums of 416 and 832 take 0.82 to 0.98 of the library's time, pass included, and
+# those of 1664 take 1.08 to 1.16.
 LONGEST_SUM = 1024
 LEAST = 2**30  # multiplications, rows x inner x columns
 # fp32 stays with the library: its products are far from being bound by memory, and not what tensor cores are for.
