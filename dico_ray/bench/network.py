@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from json import dumps
 from typing import Any, NamedTuple
@@ -107,12 +107,6 @@ def make_dico(config: Config, device: torch.device) -> DiCo:
     return network
 
 
-def step_of(config: Config, batch: int, workers: int) -> dict[str, int]:
-    """Settings of a step of whole micro-batches on so many workers, of about train.global_batch images."""
-    accumulate = max(1, config.train.global_batch // (batch * workers))
-    return {"global_batch": accumulate * batch * workers, "micro_batch": batch}
-
-
 def image_flops(variant: str, config: Config) -> float:
     """Of one image's forward pass."""
     return forward_flops(config.model) if variant == "rival" else 2 * forward_macs(config.model)
@@ -202,17 +196,17 @@ HEADER = (f"{'variant':<10}{'batch':>6}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>7}{
 
 def line(found: dict[str, Any]) -> str:
     """A row of the table under HEADER."""
-    start = f"{found['variant']:<10}{found['micro_batch']:>6}"
-    if "failed" in found:
-        return f"{start}  {found['failed']}"
-
-    def show(name: str, width: int, form: str) -> str:
-        value = found[name]
-        return f"{'-' if value is None else format(value, form):>{width}}"
-
     cells = (("images_per_s", 10, ".1f"), ("tflops", 9, ".2f"), ("mfu", 7, ".1%"), ("memory_gb", 7, ".1f"),
              ("first_s", 9, ".1f"), ("difference", 12, ".1e"))  # fmt: skip
-    return start + "".join(show(*cell) for cell in cells)
+    return told(f"{found['variant']:<10}{found['micro_batch']:>6}", found, cells)
+
+
+def told(start: str, found: dict[str, Any], cells: Sequence[tuple[str, int, str]]) -> str:
+    """A row: how it starts, then its cells (a figure's name, width, format), or why there are none."""
+    if "failed" in found:
+        return f"{start}  {found['failed']}"
+    values = ((found[name], width, form) for name, width, form in cells)
+    return start + "".join(f"{'-' if value is None else format(value, form):>{width}}" for value, width, form in values)
 
 
 def class_table(rows: list[dict[str, Any]]) -> str:

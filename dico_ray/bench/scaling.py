@@ -98,15 +98,10 @@ HEADER = (f"{'workers':>8}{'ZeRO':>6}{'batch':>7}{'images/s':>10}{'a worker':>10
 
 def line(found: dict[str, Any]) -> str:
     """A row of the table under HEADER; TFLOP/s and GB are a worker's."""
-    start = f"{found['workers']:>8}{found['stage']:>6}{found['micro_batch']:>7}"
-    if "failed" in found:
-        return f"{start}  {found['failed']}"
-    share, rate = found["efficiency"], found["images_per_s"]
-    memory = "-" if found["memory_gb"] is None else f"{found['memory_gb']:.1f}"
-    return (
-        f"{start}{rate * found['workers']:>10.1f}{rate:>10.1f}{share:>12.1%}{found['tflops']:>9.2f}{memory:>7}"
-        f"{found['foreseen_gb']:>10.1f}{found['first_s']:>9.1f}"
-    )
+    cells = (("total_images_per_s", 10, ".1f"), ("images_per_s", 10, ".1f"), ("efficiency", 12, ".1%"),
+             ("tflops", 9, ".2f"), ("memory_gb", 7, ".1f"), ("foreseen_gb", 10, ".1f"),
+             ("first_s", 9, ".1f"))  # fmt: skip
+    return ways.told(f"{found['workers']:>8}{found['stage']:>6}{found['micro_batch']:>7}", found, cells)
 
 
 def _run(
@@ -125,20 +120,19 @@ def _run(
             run_config=RunConfig(name="scaling", storage_path=folder),
         )
         with ThreadPoolExecutor(1) as thread:
-            done, told, found_last = thread.submit(trainer.fit), 0, {}
+            done, told = thread.submit(trainer.fit), []
             while True:
                 over = done.done()
-                found = ray.get(rows.since.remote(told))
+                found = ray.get(rows.since.remote(len(told)))
                 yield from found
-                told += len(found)
-                found_last = found[-1] if found else found_last
+                told += found
                 if over:
                     break
                 time.sleep(_LOOK_S)
             try:
                 done.result()
             except ray.train.TrainingFailedError:
-                if not told or "failed" not in found_last:
+                if not any("failed" in row for row in told):
                     raise
                 print(f"{'':8}{size} workers end there: the rows after it are left out", flush=True)
 
@@ -166,19 +160,15 @@ def _worker(task: dict[str, Any]) -> None:
         torch.set_num_threads(config.resources.threads or max(1, int(config.resources.worker_cpus)))
     for stage in task["stages"]:
         for batch in task["batches"]:
-            settings = build(
-                merge(
-                    config.model_dump(),
-                    {"train": {"zero_stage": stage, "num_workers": size, **ways.step_of(config, batch, size)}},
-                )
-            )
+            settings = build(merge(config.model_dump(), {"train": {"zero_stage": stage}}))
             ways.begin(device)
             about = {"workers": size, "stage": stage, "micro_batch": batch, "model": config.model.name}
             try:
                 found = measure_engine(settings, device, batch, _timer(task["steps"]), None)
                 foreseen = memory_at(settings, stage, size, batch) / 1e9
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-                row = {**found, **about, "foreseen_gb": foreseen, "gpu": name}
+                total = found["images_per_s"] * size
+                row = {**found, **about, "total_images_per_s": total, "foreseen_gb": foreseen, "gpu": name}
             except torch.OutOfMemoryError:
                 ray.get(task["rows"].add.remote({**about, "failed": "out of memory"}))
                 if size > 1:  # the others wait in a collective

@@ -139,8 +139,8 @@ def measure_engine(
     from dico_ray.training.prepare import prepare
 
     workers = dist.get_world_size() if dist.is_initialized() else 1
-    sizes = {**ways.step_of(config, batch, workers), "num_workers": workers}
-    accumulate = sizes["global_batch"] // (batch * workers)
+    accumulate = max(1, config.train.global_batch // (batch * workers))
+    sizes = {"global_batch": accumulate * batch * workers, "micro_batch": batch, "num_workers": workers}
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
     config = build(merge(config.model_dump(), {"train": {**sizes, **precision}}))
     network, train = ways.make_dico(config, device), config.train
