@@ -250,6 +250,8 @@ def test_what_does_not_fit_is_told(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (48, 48)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match=r"48x48 pixels, the feature network takes 32x32; set evaluate.image_size 32"):
         _result(folder, "x", images=str(tmp_path), judge="")
+    with pytest.raises(ConfigError, match=r"evaluate.precision: fp16 is a GPU's, and this runs on CPUs; take fp32"):
+        _result(folder, "x", images=str(tmp_path), judge="", image_size=32, precision="fp16")
     found = _result(folder, "x", images=str(tmp_path), judge="", image_size=32)
     assert found["judge"] is None
     assert found["precision"] is None

@@ -16,6 +16,7 @@ import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorUnavailableError
 
 from dico_ray import pool
 from dico_ray.config import ConfigError
@@ -77,6 +78,26 @@ def test_a_piece_that_kills_every_actor_ends_the_work(tmp_path: Path, ahead: int
     (tmp_path / "always-3").touch()
     with pytest.raises(pool.PoolError, match="5 actors died (in a row, the last )?on 3"):
         _run(tmp_path, 1, 8, ahead)
+
+
+@ray.remote(num_cpus=3)
+class Unreachable:
+    """The first one lives on, but its call fails as if the line to it were cut."""
+
+    def __init__(self, folder: str) -> None:
+        self._cut = Path(folder) / "cut"
+
+    def work(self, piece: int) -> int:
+        if not self._cut.exists():
+            self._cut.touch()
+            raise ActorUnavailableError("the line is cut", None)
+        return piece
+
+
+def test_an_actor_that_cannot_be_reached_makes_room_for_the_next(tmp_path: Path) -> None:
+    """Four CPUs hold one of them."""
+    done = pool.run(lambda: Unreachable.remote(str(tmp_path)), 1, range(3), start_timeout_s=15)
+    assert sorted(done) == [(0, 0), (1, 1), (2, 2)]
 
 
 @ray.remote(num_cpus=0, max_concurrency=2)
