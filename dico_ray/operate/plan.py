@@ -155,11 +155,12 @@ def _memory_lines(config: Config, plan: Plan) -> list[str]:
     lines = [
         f"GB a GPU, {train.precision}, {plan.workers} workers, "
         f"{config.hardware.gpu} with room for {fit.room_gb:.1f}{where}",
-        "  ZeRO   weights  gradients  optimizer     EMA    state  + an image  fit  or recomputed  fit   images/s",
+        "  ZeRO   weights  gradients  optimizer     EMA  buffers    state  + an image  fit  or recomputed  fit"
+        "   images/s",
     ]  # fmt: skip
     for row in plan.stages:
         s = row.state
-        parts = zip((s.weights, s.gradients, s.optimizer, s.ema, s.total), (9, 11, 11, 8, 9), strict=True)
+        parts = zip((s.weights, s.gradients, s.optimizer, s.ema, s.buffers, s.total), (9, 11, 11, 8, 9, 9), strict=True)
         rate = f"{row.images_per_s:,.0f}" if row.images_per_s else "-"
         lines.append(
             f"  {row.stage}    " + "".join(f"{part / 1e9:{width}.2f}" for part, width in parts)

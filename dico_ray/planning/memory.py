@@ -8,22 +8,27 @@ from dico_ray import accelerators
 from dico_ray.accelerators import Accelerator
 from dico_ray.arithmetic import parameter_count
 from dico_ray.config import Config, ConfigError
+from dico_ray.config.train import BUCKET_ELEMENTS
 from dico_ray.planning.activations import activation_bytes, path_of, working_bytes
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes per GPU of a run's training state; activations come on top. host: bytes in the host's memory instead."""
+    """Bytes per GPU of a run's training state; activations come on top.
+
+    buffers: where gradients are collected before they are sent. host: bytes in the host's memory instead.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     ema: int
+    buffers: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema
+        return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def state_memory(
     fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the averages (EMA and
     profiles) are fp32, and dealt out at every stage. Offloaded, optimizer and averages lie in the host's memory.
     Graphs: CUDA graphs leave each micro-batch's gradients in tensors that stay, of the network's arithmetic.
+    On several ranks stage 2 collects gradients in fp32 before it sends them.
     """
     weight = 2 if precision == "bf16" else 4
     master = 0 if stage == 0 and precision == "fp32" else 4
@@ -82,6 +88,7 @@ def state_memory(
         gradients=share(parameters * gradient, stage >= 2) + parameters * weight * graphs,
         optimizer=0 if offload else optimizer,
         ema=0 if offload else ema,
+        buffers=4 * min(parameters, BUCKET_ELEMENTS) if stage == 2 and world_size > 1 else 0,
         host=optimizer + ema if offload else 0,
     )
 
@@ -112,7 +119,7 @@ def fits(config: Config, workers: int | None = None) -> Fit:
 
     For the run's own train.zero_stage, precision, offload and compile, its state shared by `workers` workers of one
     GPU each (None: the most that train.num_workers allows). micro_batch is 0 where not even one sample fits; then
-    `check` tells what to change. The forecast leaves out buckets and workspaces (under 1 GB), which
+    `check` tells what to change. The forecast leaves out workspaces (under 1 GB), which
     hardware.memory_share makes room for.
 
     Raises ConfigError if workers do not divide train.global_batch, or hardware.gpu is unknown.

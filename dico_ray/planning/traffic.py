@@ -1,10 +1,10 @@
 """What a run moves: collectives of a step by ZeRO stage, checkpoints, shards, requests to the object store.
 
-Collectives take bytes over bandwidth, as rings do, and a latency for each hop of a tree. What DeepSpeed sends
-(arXiv 1910.02054, section 7, differs at stages 1 and 2): at stages 0 and 1 the whole gradients once a step, after the
-last backward pass and hidden behind nothing; at stage 2 each micro-batch's whole gradients, bucket by bucket behind
-the backward pass; at stage 3 the weights before each forward and backward pass (at most: it keeps what it needs again
-soon), and each micro-batch's gradients to their owners. Stages 1 and 2 then gather the new weights.
+Collectives take bytes over bandwidth, as rings do, and a latency for each hop of a tree. What is sent (arXiv
+1910.02054, section 7, differs at stage 1): at stages 0 and 1 the whole gradients once a step, after the last backward
+pass and hidden behind nothing; at stage 2 each micro-batch's gradients to their owners, bucket by bucket behind the
+backward pass; at stage 3 the weights before each forward and backward pass (at most: DeepSpeed keeps what it needs
+again soon), and each micro-batch's gradients to their owners. Stages 1 and 2 then gather the new weights.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def exchange(config: Config, workers: int, micros: int, compute_s: float) -> Exc
         return Exchange(reduced + (gathered if train.zero_stage else 0), after, after)
     forward, backward = compute_s * (1 - _BACKWARD), compute_s * _BACKWARD
     if train.zero_stage == 2:
-        during, last = micros * seconds(reduced, 2 * calls), seconds(reduced / calls, 2)
+        during, last = micros * seconds(reduced / 2, calls), seconds(reduced / 2 / calls, 1)
         after = seconds(gathered, 1)
-        return Exchange(micros * reduced + gathered, during + after, max(last, during - backward) + after)
+        return Exchange(micros * reduced / 2 + gathered, during + after, max(last, during - backward) + after)
     gather = micros * seconds(gathered, calls)
     scatter = micros * seconds(reduced / 2, calls)
     first, last = seconds(gathered / calls, 1), seconds(reduced / 2 / calls, 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dico_ray.config import Train
 from dico_ray.config.train import BUCKET_ELEMENTS
+from dico_ray.training.partition import PartitionedGradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -129,8 +130,10 @@ class Engine:
         self._deepspeed: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=self._settings(parameters)
         )[0]
-        if self.frees_gradients:
+        if self._adds_at_once:
             _add_without_a_copy(self._deepspeed.optimizer)
+        if self._stage == 2 and not config.offload:
+            PartitionedGradients(self._deepspeed.optimizer, BUCKET_ELEMENTS, deepspeed.comm.reduce)
         self._places = list(self._locate())
         # DeepSpeed takes its masters from weights already rounded to bf16: give them the exact ones.
         self.restore(0, lambda kind, name, start, stop: initial[name][start:stop] if kind == "weight" else None)
@@ -153,7 +156,7 @@ class Engine:
             "train_batch_size": self._config.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_clipping": self._config.grad_clip,
-            "bf16": {"enabled": bf16, "immediate_grad_update": self.frees_gradients},
+            "bf16": {"enabled": bf16, "immediate_grad_update": self._adds_at_once},
             "data_types": {"grad_accum_dtype": "bf16" if bf16 and self._stage == 0 else "fp32"},
             "communication_data_type": "bf16" if bf16 and self._stage == 0 else "fp32",
             "zero_optimization": zero,
@@ -166,6 +169,10 @@ class Engine:
     @property
     def frees_gradients(self) -> bool:
         """Whether a micro-batch's gradients join an fp32 sum, and are let go, as soon as they are there."""
+        return self._adds_at_once or (self._stage == 2 and not self._config.offload)
+
+    @property
+    def _adds_at_once(self) -> bool:
         return self._config.precision == "bf16" and self._stage == 1 and not self._config.offload
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ def test_main_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,000,000 steps, 1,024,000,000 images" in said
     table = [line.split() for line in said.splitlines() if re.match(r"  [0-3] ", line)]
     assert [row[0] for row in table] == ["0", "1", "2", "3"]
-    assert [len(row) for row in table] == [11, 11, 13, 11]  # stage 2 is marked
+    assert [len(row) for row in table] == [12, 12, 14, 12]  # stage 2 is marked
     for row in table:
         memory = state_memory(1_037_408_328, int(row[0]), 64, "bf16", graphs=row[0] != "3")
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.ema, memory.total)
-        assert row[1:6] == [f"{part / 1e9:.2f}" for part in parts]
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.ema, memory.buffers, memory.total)
+        assert row[1:7] == [f"{part / 1e9:.2f}" for part in parts]
     assert "18,432 bytes a sample, 23.6 GB" in said
     assert "16.60 GB" in said
     assert "64        4 x 4" in said

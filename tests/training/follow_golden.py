@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]'
 
-Writes, for each of the settings, the relative L2 errors of losses, gradient norms, weights and EMA.
+A case's bucket_elements stands in for the engine's. Writes, for each of the settings, the relative L2 errors of
+losses, gradient norms, weights and EMA.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dico_ray.config.train import BUCKET_ELEMENTS
 from dico_ray.diffusion.process import Diffusion
 from dico_ray.models import DiCo
 from dico_ray.settings import build
 from dico_ray.storage import Storage
 from dico_ray.training import checkpoint as checkpoints
+from dico_ray.training import engine as engines
 from dico_ray.training.ema import EMA
 from dico_ray.training.engine import Engine
 
@@ -68,6 +71,7 @@ def error(found: Any, expected: np.ndarray) -> float:
 
 def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
     """Half the steps, a checkpoint into a fresh engine, and the other half."""
+    engines.BUCKET_ELEMENTS = settings.pop("bucket_elements", BUCKET_ELEMENTS)
     engine, ema = make(settings)
     losses, norms = [], []
     for step in range(STEPS):

@@ -45,3 +45,15 @@ def test_bf16_stays_near_the_released_code_at_every_stage(tmp_path: Path) -> Non
         assert errors["loss"] < 2e-3, case
         assert errors["grad_norm"] < 1e-2, case
         assert max(errors[k] for k in ("weight", "ema", "weight_norms", "ema_norms")) < 1e-2, case
+
+
+def test_gradients_reach_their_owners_in_small_buckets(tmp_path: Path) -> None:
+    """At stage 2 on four workers: buckets smaller than a tensor, and such as hold some of several owners'."""
+    cases = [
+        {"zero_stage": 2, "precision": "fp32", "micro_batch": 1, "bucket_elements": elements}
+        for elements in (100, 5000)
+    ]
+    for case, errors in zip(cases, _follow(4, cases, tmp_path), strict=True):
+        assert errors["loss"] < 1e-5, case
+        assert errors["grad_norm"] < 1e-5, case
+        assert max(errors[k] for k in ("weight", "ema", "weight_norms", "ema_norms")) < 1e-4, case
