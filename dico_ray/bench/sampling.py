@@ -29,6 +29,7 @@ import torch
 from dico_ray import cluster, pool, weight_files
 from dico_ray.arithmetic import parameter_count
 from dico_ray.bench.evaluate import untrained
+from dico_ray.bench.network import awaken
 from dico_ray.bench.released import PlainDiCo
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.generated import to_png
@@ -58,10 +59,10 @@ def main(
 
     images: how many each measurement generates on an actor. timed_steps: so many of the sampler's steps are timed for
     the network's phase and for the released way, and count for all (each costs the same); 0: all are. evaluate: also
-    time generation with the judging. weights: "random" (a network of model.*: speed does not
-    depend on values), or "run" (the run's checkpoint and codec.vae). vae, beside random weights: "random" (of Stable
-    Diffusion's sizes), or "codec" (codec.vae). actors: sizes of pools to compare. folder: for what is written; unset: a
-    temporary one. json: a file. Raises ConfigError for impossible ones.
+    time generation with the judging. weights: "random" (a network of model.*), or "run" (the run's checkpoint and
+    codec.vae). vae, beside random weights: "random" (of Stable Diffusion's sizes), or "codec" (codec.vae). actors:
+    sizes of pools to compare. folder: for what is written; unset: a temporary one. json: a file. Raises ConfigError
+    for impossible ones.
     """
     if weights not in ("random", "run") or vae not in ("random", "codec") or min(images, *actors, len(actors)) < 1:
         raise ConfigError(
@@ -120,9 +121,10 @@ def random_autoencoder(config: Config, folder: Storage) -> str:
 
 
 def _random_run(config: Config, place: str, vae: str) -> tuple[Config, Checkpoint]:
-    """A run of one checkpoint with initial weights."""
+    """A run of one checkpoint with random weights."""
     run = _with(config, run={"storage": place, "name": "random"}, codec={"vae": vae})
     network = DiCo(**weight_files.arguments(run.model))
+    awaken(network)
     about = {
         "config": run.model_dump(mode="json"), "codec": {"vae": run.codec.vae, "hash": ""},
         "classes": [str(label) for label in range(run.model.num_classes)],
@@ -264,10 +266,11 @@ class SamplingMeter(SampleActor):
 
     @torch.inference_mode()
     def _answer(self, rows: int) -> torch.Tensor:
-        side = self._about.latent_size
-        x = torch.zeros(rows, self._about.in_channels, side, side, device=self.device)
-        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        return self.network(x, zeros, y=zeros)
+        """Of noise, as sampling's: zeros make a GPU draw less power, and products of them run faster."""
+        side, device = self._about.latent_size, self.device
+        x = torch.randn(rows, self._about.in_channels, side, side, device=device)
+        t = torch.arange(rows, device=device) % self.sampler.timesteps.max()
+        return self.network(x, t, y=t % self._about.num_classes)
 
     def _forward_rate(self, rows: int) -> float:
         """Rows/s of the network alone."""

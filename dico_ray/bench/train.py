@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ def main(
             return measure_engine(config, device, batch, timed, expected)
         return measure_training(variant, config, device, batch, seconds, expected)
 
-    rows = ways.each_way(config, device, variants, micro_batches, measure)
+    with _group_of_one(device) if "engine" in variants else nullcontext():
+        rows = ways.each_way(config, device, variants, micro_batches, measure)
     ways.finish(0, rows, device, json)
 
 
@@ -130,7 +131,9 @@ def measure_engine(
     timed: Callable[[Callable[[], Any], torch.device], float],
     expected: Tensor | None,
 ) -> dict[str, Any]:
-    """The row "engine": whole optimizer steps at train.zero_stage, on the workers that there are. Raises as `prepare`.
+    """The row "engine": whole optimizer steps at train.zero_stage, on torch.distributed's default group.
+
+    Raises as `prepare`.
 
     timed: mean seconds of a call, which every worker makes as often. expected: the plain network's output; None: it is
     not compared. Rates, TFLOP/s and memory are a worker's.
@@ -138,7 +141,7 @@ def measure_engine(
     from dico_ray.training.ema import EMA
     from dico_ray.training.prepare import prepare
 
-    workers = dist.get_world_size() if dist.is_initialized() else 1
+    workers = dist.get_world_size()
     accumulate = max(1, config.train.global_batch // (batch * workers))
     sizes = {"global_batch": accumulate * batch * workers, "micro_batch": batch, "num_workers": workers}
     precision = {} if device.type == "cuda" else {"precision": "fp32"}
@@ -151,22 +154,21 @@ def measure_engine(
         apart = ways.difference("engine", network, config, device, expected)
     diffusion = Diffusion()
     x, noise, t, y = ways.make_inputs(config, device, batch)
-    with _group_of_one(device):
-        began = time.perf_counter()
-        engine, path = prepare(network, config, device)
-        with closing(engine):
-            ema = EMA(engine, train.ema_decay)
+    began = time.perf_counter()
+    engine, path = prepare(network, config, device)
+    with closing(engine):
+        ema = EMA(engine, train.ema_decay)
 
-            def step() -> None:
-                for _ in range(accumulate):
-                    engine.backward(diffusion.training_losses(engine, x, t, noise, y=y)["loss"].mean())
-                ema.update(1)
+        def step() -> None:
+            for _ in range(accumulate):
+                engine.backward(diffusion.training_losses(engine, x, t, noise, y=y)["loss"].mean())
+            ema.update(1)
 
-            step()
-            ways.synchronize(device)
-            first = time.perf_counter() - began
-            took = timed(step, device)
-            classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
+        step()
+        ways.synchronize(device)
+        first = time.perf_counter() - began
+        took = timed(step, device)
+        classes = {kind: milliseconds / accumulate for kind, milliseconds in by_class(step, device).items()}
     flops = _FLOPS_OF_FORWARD * ways.image_flops("engine", config)
     return {
         **ways.row("engine", config, device, batch, accumulate * batch / took, flops), "first_s": first,
@@ -177,7 +179,10 @@ def measure_engine(
 
 @contextmanager
 def _group_of_one(device: torch.device) -> Iterator[None]:
-    """A torch.distributed group of this process alone, unless there is a group already."""
+    """A torch.distributed group of this process alone, unless there is a group already.
+
+    One for all rows: DeepSpeed keeps hold of the first that it sees.
+    """
     if dist.is_initialized():
         yield
         return

@@ -77,9 +77,10 @@ def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
 def test_the_engine_is_one_of_the_ways(tmp_path: Path) -> None:
     """In a bench of its own, DeepSpeed's toll is the difference between two rows."""
     file = tmp_path / "figures.json"
-    own = ["--variants", "eager,engine", "--micro_batches", "2", "--seconds", "0.01", "--json", str(file)]
+    own = ["--variants", "eager,engine", "--micro_batches", "[2,1]", "--seconds", "0.01", "--json", str(file)]
     assert cli.main(["bench", "train", *TINY, *own, "--train.global_batch", "4", "--train.zero_stage", "2"]) == 0
-    bare, engine = json.loads(file.read_text())["rows"]
+    bare, _, engine, other = json.loads(file.read_text())["rows"]
+    assert (other["micro_batch"], other["accumulate"]) == (1, 4)
     assert engine["images_per_s"] > 0
     assert (bare["accumulate"], engine["accumulate"]) == (2, 2)
     assert engine["what"].startswith("training, engine at ZeRO-2 with EMA, plain PyTorch")
