@@ -46,8 +46,7 @@ class Sample(Section):
     "Arithmetic of the network."
     compile: bool = False
     "Compile the network's blocks (GPUs only): about a minute to start, for thousands of images."
-    # Off: the network's outputs are equal bit by bit, but images sampled through graphs have not been looked at yet.
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     "Capture the network's passes as CUDA graphs (GPUs only), so that GPUs do not wait for the host; outputs are equal."
     output: Location = ""
     "Folder for the images; unset: samples/ in the run's folder."
