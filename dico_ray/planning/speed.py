@@ -94,14 +94,11 @@ class Ladders:
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
-        if row.what == self._whole and row.gpus == 1 and _same(row, model, gpu):
-            between = self._bracket(row, micro_batch)
-            if row.micro_batch == micro_batch:
-                basis = "measured"
-            elif between:
-                basis, best = "interpolated", self._interpolate(*between, micro_batch)
-        if workers > 1 or not alike:
-            basis = "extrapolated"
+        between = self._bracket(row, micro_batch)
+        if between and row.micro_batch != micro_batch:
+            best = self._interpolate(*between, model, gpu, micro_batch)
+        if _same(row, model, gpu) and row.what == self._whole and row.gpus == workers == 1 and alike:
+            basis = "measured" if row.micro_batch == micro_batch else "interpolated" if between else basis
         times = [best, *(seconds for seconds, _ in found if basis == "extrapolated")]
         if self.path == "eager":
             times.append(self._estimate(row, model, gpu, micro_batch, launches=0.0))
@@ -206,9 +203,11 @@ class Ladders:
         above = [other for other in series if _micro(other) > micro_batch]
         return (below[-1], above[0]) if below and above else None
 
-    def _interpolate(self, low: Row, high: Row, micro_batch: int) -> float:
+    def _interpolate(self, low: Row, high: Row, model: Model, gpu: Accelerator, micro_batch: int) -> float:
+        """Between what either row says of its own micro-batch."""
         share = (micro_batch - _micro(low)) / (_micro(high) - _micro(low))
-        return self._seconds(low) + share * (self._seconds(high) - self._seconds(low))
+        least, most = (self._estimate(row, model, gpu, _micro(row), self.launches) for row in (low, high))
+        return least + share * (most - least)
 
 
 def _series(row: Row) -> tuple[object, ...]:
