@@ -94,9 +94,9 @@ class Ladders:
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
-        between = self._bracket(row, micro_batch)
+        between = self._bracket(row, micro_batch) if _same(row, model, gpu) else None
         if between and row.micro_batch != micro_batch:
-            best = self._interpolate(*between, model, gpu, micro_batch)
+            best = self._interpolate(*between, micro_batch)
         if _same(row, model, gpu) and row.what == self._whole and row.gpus == workers == 1 and alike:
             basis = "measured" if row.micro_batch == micro_batch else "interpolated" if between else basis
         times = [best, *(seconds for seconds, _ in found if basis == "extrapolated")]
@@ -188,12 +188,16 @@ class Ladders:
         return launches * sum(model.architecture.depths) + work * scale
 
     def _distance(self, row: Row, model: Model, gpu: Accelerator, micro_batch: int) -> tuple[object, ...]:
-        """Nearest first: one GPU's, the same network, GPU, the whole path, then alike in work and in micro-batch."""
+        """Nearest first: one GPU's, the same network, GPU, the whole path, then alike in work and in micro-batch.
+
+        Of another network the largest micro-batch, whatever this one's: rows do not take turns as it grows.
+        """
         other = _network(row)
+        size = abs(math.log(micro_batch / _micro(row))) if _same(row, model, gpu) else -_micro(row)
         apart = abs(math.log(self._work(model, gpu) / self._work(other, gpu)))
         return (
             row.gpus, other.architecture != model.architecture, _gpu(row) != gpu, row.what == self._bare,
-            apart, abs(math.log(micro_batch / _micro(row))),
+            apart, size,
         )  # fmt: skip
 
     def _bracket(self, row: Row, micro_batch: int) -> tuple[Row, Row] | None:
@@ -203,11 +207,9 @@ class Ladders:
         above = [other for other in series if _micro(other) > micro_batch]
         return (below[-1], above[0]) if below and above else None
 
-    def _interpolate(self, low: Row, high: Row, model: Model, gpu: Accelerator, micro_batch: int) -> float:
-        """Between what either row says of its own micro-batch."""
+    def _interpolate(self, low: Row, high: Row, micro_batch: int) -> float:
         share = (micro_batch - _micro(low)) / (_micro(high) - _micro(low))
-        least, most = (self._estimate(row, model, gpu, _micro(row), self.launches) for row in (low, high))
-        return least + share * (most - least)
+        return self._seconds(low) + share * (self._seconds(high) - self._seconds(low))
 
 
 def _series(row: Row) -> tuple[object, ...]:
