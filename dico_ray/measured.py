@@ -16,6 +16,7 @@ BARE = "training, bare loop, blocks compiled"
 PRODUCTS = "training, the blocks' 1x1 products alone"
 WHOLE_FUSED = "training, whole path, blocks fused, CUDA graphs"
 ENGINE_FUSED = "training, engine at ZeRO-1 with EMA, Triton (fused blocks), CUDA graphs"
+ENGINE_FUSED_STAGE_2 = "training, engine at ZeRO-2 with EMA, Triton (fused blocks), CUDA graphs"
 WHOLE_STAGE_3 = "training, whole path, ZeRO-3"
 CHECKPOINT = "checkpoint behind training"
 

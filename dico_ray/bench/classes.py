@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 CLASSES: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl"),
     ("EMA", r"lerp"),
-    ("optimizer", r"adam|multi_tensor_apply|_foreach"),
+    ("optimizer", r"adam"),
+    ("gradients' sums", r"multi_tensor_apply|_foreach"),  # those that are made of many tensors at once
     ("depthwise", r"depthwise|_c1_k1_|dwconv"),
     ("attention", r"flash|fmha|scaled_dot_product|_attention_"),
     ("normalisation and modulation", r"adaln|layer_norm|var_mean|welford"),

@@ -45,7 +45,7 @@ class StageGraphs:
     Passes of other shapes, and those without gradients, run as they would without graphs.
 
     stages: modules of (x, condition) -> like x. lend: whether the weights' gradients may be handed out where they lie,
-    to be overwritten by the next backward pass: true for whoever adds them to a sum and drops them at once.
+    where the next pass, forward or backward, may overwrite them: true for whoever has added them to a sum by then.
     """
 
     def __init__(self, stages: Sequence[nn.Module], lend: bool) -> None:

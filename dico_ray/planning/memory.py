@@ -88,7 +88,7 @@ def state_memory(
         gradients=share(parameters * gradient, stage >= 2) + parameters * weight * graphs,
         optimizer=0 if offload else optimizer,
         ema=0 if offload else ema,
-        buffers=4 * min(parameters, BUCKET_ELEMENTS) if stage == 2 and world_size > 1 else 0,
+        buffers=4 * min(parameters, BUCKET_ELEMENTS) if stage == 2 and world_size > 1 and not offload else 0,
         host=optimizer + ema if offload else 0,
     )
 

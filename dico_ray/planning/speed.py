@@ -40,6 +40,13 @@ class Time:
     basis: str
     row: Row
 
+    def slower(self, factor: float) -> Time:
+        """Of the same work with something added that no row of its own tells."""
+        return Time(
+            factor * self.seconds, factor * self.launches_s, factor * self.least_s, factor * self.most_s,
+            "extrapolated", self.row,
+        )  # fmt: skip
+
 
 def why_unknown(config: Config) -> str:
     """Why there is no forecast of the speed: nothing of the kind was measured. Empty if there is one."""
@@ -74,7 +81,8 @@ def micro_batch_time(
     ladders = _ladders(rows or measured.rows(), path.split(",")[0])
     # The rows of compiled blocks are from before there were CUDA graphs, those of fused ones make the GELU again.
     alike = path in ("eager", "fused") or (path == "compiled" and not config.train.cuda_graphs)
-    return ladders.time(config.model, gpu_of(config), micro_batch, workers, alike)
+    time = ladders.time(config.model, gpu_of(config), micro_batch, workers, alike)
+    return time.slower(ladders.stage_2) if config.train.zero_stage == 2 else time
 
 
 @cache
@@ -145,6 +153,20 @@ class Ladders:
         bare = {(row.model, row.gpu, row.micro_batch): row for row in of_one if row.what == self._bare}
         pairs = [_plain_seconds(whole[key]) / _plain_seconds(bare[key]) for key in whole.keys() & bare.keys()]
         return fmean(pairs) if pairs else 1.0
+
+    @cached_property
+    def stage_2(self) -> float:
+        """A micro-batch's time at ZeRO stage 2, with its sums, over stage 1's, by the engine's rows; 1 without any."""
+
+        def rates(what: str) -> dict[tuple[object, ...], float]:
+            return {
+                (row.model, row.gpu, row.micro_batch): row.images_per_s
+                for row in self.rows if row.what == what and row.gpus == 1 and row.images_per_s
+            }  # fmt: skip
+
+        first, second = rates(measured.ENGINE_FUSED), rates(measured.ENGINE_FUSED_STAGE_2)
+        found = [first[of] / second[of] for of in first.keys() & second.keys()]
+        return fmean(found) if found else 1.0
 
     @cached_property
     def launches(self) -> float:

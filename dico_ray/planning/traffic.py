@@ -57,7 +57,7 @@ def exchange(config: Config, workers: int, micros: int, compute_s: float) -> Exc
     part = (workers - 1) / workers
     calls = math.ceil(count / (BUCKET_ELEMENTS if train.zero_stage >= 2 else _AFTERWARDS))
 
-    def seconds(sent: float, times: int) -> float:
+    def seconds(sent: float, times: float) -> float:
         return sent / rate + hop * times
 
     gradient = 2 if train.zero_stage == 0 and train.precision == "bf16" else 4  # bytes of an element
@@ -67,9 +67,11 @@ def exchange(config: Config, workers: int, micros: int, compute_s: float) -> Exc
         return Exchange(reduced + (gathered if train.zero_stage else 0), after, after)
     forward, backward = compute_s * (1 - _BACKWARD), compute_s * _BACKWARD
     if train.zero_stage == 2:
-        during, last = micros * seconds(reduced / 2, calls), seconds(reduced / 2 / calls, 1)
+        # A bucket goes to each of its owners for itself; DeepSpeed's own sums, for an offloaded optimizer, go to all.
+        sent, times = (reduced, 2 * calls) if train.offload else (reduced / 2, calls + workers - 1)
+        during, last = micros * seconds(sent, times), seconds(sent / calls, times / calls)
         after = seconds(gathered, 1)
-        return Exchange(micros * reduced / 2 + gathered, during + after, max(last, during - backward) + after)
+        return Exchange(micros * sent + gathered, during + after, max(last, during - backward) + after)
     gather = micros * seconds(gathered, calls)
     scatter = micros * seconds(reduced / 2, calls)
     first, last = seconds(gathered / calls, 1), seconds(reduced / 2 / calls, 1)

@@ -91,7 +91,7 @@ class PartitionedGradients:
     def _finish(self) -> None:
         """A micro-batch's gradients are all there (DeepSpeed's call after each backward pass)."""
         self._send()
-        if self._stream:
+        if self._stream:  # before the next forward pass: gradients that graphs lend are overwritten from there on
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if self._optimizer.is_gradient_accumulation_boundary():
             for group, built in enumerate(self._sums):
@@ -105,13 +105,13 @@ class PartitionedGradients:
         if self._stream:
             for producer in self._producers:
                 self._stream.wait_stream(producer)
+        if not pending:
+            return
         with self._aside():
             if self._new:
                 for flat in self._flat:
                     flat.zero_()
                 self._new = False
-            if not pending:
-                return
             key = tuple(id(parameter) for parameter, _, _ in pending)
             plan = self._plans.get(key)
             if plan is None:

@@ -84,8 +84,13 @@ def test_the_ladder_holds_the_run_s_own_workers_and_ends_at_the_batch() -> None:
 
 
 def test_more_gpus_are_never_slower_and_never_better_than_in_proportion() -> None:
-    for stage in (1, 2):  # of fused blocks twice the micro-batch fits on two GPUs, which is better than in proportion
-        points = ladder(planned(zero_stage=stage, kernels="torch"))
+    """Of fused blocks twice the micro-batch fits on two GPUs, which is better than in proportion.
+
+    At stage 2 up to 128: with four images a GPU the many owners' sums, each by itself, take longer than the passes.
+    """
+    for stage, most in ((1, 1024), (2, 128)):
+        points = [point for point in ladder(planned(zero_stage=stage, kernels="torch")) if point.workers <= most]
+        assert points[-1].workers == most
         for low, high in pairwise(points):
             assert 1 < high.images_per_s / low.images_per_s <= 2.0001
             assert high.efficiency < low.efficiency

@@ -1,6 +1,6 @@
 """One rank of `torchrun`: follows the 20 recorded training steps of golden/training.npz with the engine.
 
-    torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]'
+    torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]' [--gpu]
 
 A case's bucket_elements stands in for the engine's. Writes, for each of the settings, the relative L2 errors of
 losses, gradient norms, weights and EMA.
@@ -9,6 +9,7 @@ losses, gradient norms, weights and EMA.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.training.saving import save
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY, TRAINING = np.load(GOLDEN / "model_tiny.npz"), np.load(GOLDEN / "training.npz")
 BATCH, STEPS = 8, 20
+DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "--gpu" in sys.argv else torch.device("cpu")
 
 
 def make(settings: dict[str, Any]) -> tuple[Engine, EMA]:
@@ -47,17 +49,17 @@ def make(settings: dict[str, Any]) -> tuple[Engine, EMA]:
             "betas": TRAINING["betas"].tolist(), **settings,
         }
     }).train  # fmt: skip
-    engine = Engine(model, train, torch.device("cpu"))
+    engine = Engine(model, train, DEVICE)
     return engine, EMA(engine, float(TRAINING["ema_decay"]))
 
 
 def take_step(engine: Engine, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     share, size = BATCH // engine.world_size, engine.micro_batch
-    total, norm = torch.zeros(()), None
+    total, norm = torch.zeros((), device=DEVICE), None
     for at in range(engine.rank * share, (engine.rank + 1) * share, size):
         rows = slice(at, at + size)
-        x0, noise = (torch.from_numpy(TRAINING[k][step][rows]).float() for k in ("x0", "noise"))
-        t, y = (torch.from_numpy(TRAINING[k][step][rows]) for k in ("t", "y"))
+        x0, noise = (torch.from_numpy(TRAINING[k][step][rows]).float().to(DEVICE) for k in ("x0", "noise"))
+        t, y = (torch.from_numpy(TRAINING[k][step][rows]).to(DEVICE) for k in ("t", "y"))
         loss = Diffusion().training_losses(engine, x0, t, noise, y=y)["loss"].mean()
         norm = engine.backward(loss)
         total += loss.detach() * size / share
@@ -98,7 +100,9 @@ def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     output = Storage(sys.argv[1])
     cases = json.loads(sys.argv[2])
     results = [follow(settings, output.at(f"case-{i}")) for i, settings in enumerate(cases)]

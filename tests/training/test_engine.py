@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.ray
 
 _SCRIPT = Path(__file__).with_name("follow_golden.py")
 
 
-def _follow(workers: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, float]]:
+def _follow(workers: int, cases: list[dict[str, Any]], folder: Path, *words: str) -> list[dict[str, float]]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}",
-        str(_SCRIPT), str(folder), json.dumps(cases),
+        str(_SCRIPT), str(folder), json.dumps(cases), *words,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -57,3 +58,16 @@ def test_gradients_reach_their_owners_in_small_buckets(tmp_path: Path) -> None:
         assert errors["loss"] < 1e-5, case
         assert errors["grad_norm"] < 1e-5, case
         assert max(errors[k] for k in ("weight", "ema", "weight_norms", "ema_norms")) < 1e-4, case
+
+
+@pytest.mark.gpu
+def test_on_gpus_it_follows_the_released_code_too(tmp_path: Path) -> None:
+    """On two, if there are two: several buckets a micro-batch, several micro-batches a step."""
+    cases = [
+        {"zero_stage": stage, "precision": "fp32", "micro_batch": 1, "bucket_elements": elements}
+        for stage, elements in ((1, 5000), (2, 5000), (2, 100), (3, 5000))
+    ]
+    for case, errors in zip(cases, _follow(min(2, torch.cuda.device_count()), cases, tmp_path, "--gpu"), strict=True):
+        assert errors["loss"] < 1e-4, case
+        assert errors["grad_norm"] < 1e-4, case
+        assert max(errors[k] for k in ("weight", "ema", "weight_norms", "ema_norms")) < 1e-3, case
