@@ -102,10 +102,11 @@ class Ladders:
         found = [(self._estimate(row, model, gpu, micro_batch, self.launches), row) for row in self.training]
         best, row = min(found, key=lambda pair: self._distance(pair[1], model, gpu, micro_batch))
         basis = "extrapolated"
-        between = self._bracket(row, micro_batch) if _same(row, model, gpu) else None
+        same = _same(row, model, gpu)
+        between = self._bracket(row, micro_batch) if same else None
         if between and row.micro_batch != micro_batch:
             best = self._interpolate(*between, micro_batch)
-        if _same(row, model, gpu) and row.what == self._whole and row.gpus == workers == 1 and alike:
+        if same and row.what == self._whole and row.gpus == workers == 1 and alike:
             basis = "measured" if row.micro_batch == micro_batch else "interpolated" if between else basis
         times = [best, *(seconds for seconds, _ in found if basis == "extrapolated")]
         if self.path == "eager":

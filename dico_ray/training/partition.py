@@ -1,7 +1,7 @@
 """ZeRO-2's gradients: every micro-batch's, summed over the ranks into the part that a rank owns (arXiv 1910.02054, 5).
 
-Takes the place of DeepSpeed 0.19's own sums, which copy, slice and add each parameter's gradient by itself and wait for
-the device after every micro-batch: with DiCo-H on an H100 that took 33 ms of a micro-batch's 259.
+Takes the place of DeepSpeed 0.19's own sums, which copy, slice and add each parameter's gradient by itself and, on
+several ranks, wait for the device after every micro-batch: with DiCo-H on one H100 33 ms of a micro-batch's 259.
 """
 
 from __future__ import annotations

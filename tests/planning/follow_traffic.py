@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N follow_traffic.py OUTPUT MICRO_BATCHES '[{"train": {...}, ...}, ...]'
 
 Writes OUTPUT: for each case's settings, bytes of the step's tensors by kind of collective, and of all tensors that
-are held after it.
+are held after it, and still when the next of a bench's variants begins.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm.comm import comms_logger
 
+from dico_ray.bench.network import begin
 from dico_ray.models import create_model
 from dico_ray.settings import build
 from dico_ray.training.ema import EMA
@@ -40,19 +41,25 @@ def follow(settings: dict[str, Any], micro_batches: int) -> dict[str, Any]:
     held = _held() - before
     engine.close()
     del engine, ema, model
-    gc.collect()
+    begin(torch.device("cpu"))
+    left = _bytes() - before
     return {
         "sent": {
             name: sum(int(size) * int(entry[0]) for size, entry in sizes.items())
             for name, sizes in comms_logger.comms_dict.items()
         },
         "held": held,
+        "left": left,
     }
 
 
 def _held() -> int:
-    """Bytes of every tensor's storage, once."""
     gc.collect()
+    return _bytes()
+
+
+def _bytes() -> int:
+    """Of every tensor's storage, once, those included that a search for garbage would let go."""
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and thing.device.type != "meta":

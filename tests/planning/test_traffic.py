@@ -39,6 +39,8 @@ def test_bytes_sent_by_stage() -> None:
     count, part = parameter_count(planned().model), 3 / 4
     sent = [exchange(planned(zero_stage=stage), 4, micros=5, compute_s=1.0).sent / count / part for stage in range(4)]
     assert sent == pytest.approx([2 * 2, 2 * 4 + 2, 5 * 4 + 2, 5 * (2 + 2 + 4)])
+    offloaded = exchange(planned(zero_stage=2, offload=True), 4, micros=5, compute_s=1.0).sent / count / part
+    assert offloaded == pytest.approx(5 * 2 * 4 + 2)
     fp32 = [exchange(planned(zero_stage=stage, precision="fp32"), 4, 1, 1.0).sent / count / part for stage in range(4)]
     assert fp32 == pytest.approx([8, 8 + 4, 4 + 4, 4 + 4 + 4])
 
