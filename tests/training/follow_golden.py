@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]' [--gpu]
 
-A case's bucket_elements stands in for the engine's. Writes, for each of the settings, the relative L2 errors of
-losses, gradient norms, weights and EMA.
+A case's bucket_elements stands in for the engine's; before the step bad_before, one is tried that has NaN among the
+last rank's latents. Writes, for each of the settings, the relative L2 errors of losses, gradient norms, weights and
+EMA.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ def make(settings: dict[str, Any]) -> tuple[Engine, EMA]:
     return engine, EMA(engine, float(TRAINING["ema_decay"]))
 
 
-def take_step(engine: Engine, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(engine: Engine, step: int, spoilt: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     share, size = BATCH // engine.world_size, engine.micro_batch
     total, norm = torch.zeros((), device=DEVICE), None
     for at in range(engine.rank * share, (engine.rank + 1) * share, size):
         rows = slice(at, at + size)
         x0, noise = (torch.from_numpy(TRAINING[k][step][rows]).float().to(DEVICE) for k in ("x0", "noise"))
         t, y = (torch.from_numpy(TRAINING[k][step][rows]).to(DEVICE) for k in ("t", "y"))
+        if spoilt and engine.rank == engine.world_size - 1:
+            x0[0, 0, 0, 0] = float("nan")
         loss = Diffusion().training_losses(engine, x0, t, noise, y=y)["loss"].mean()
         norm = engine.backward(loss)
         total += loss.detach() * size / share
@@ -74,6 +77,7 @@ def error(found: Any, expected: np.ndarray) -> float:
 def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
     """Half the steps, a checkpoint into a fresh engine, and the other half."""
     engines.BUCKET_ELEMENTS = settings.pop("bucket_elements", BUCKET_ELEMENTS)
+    bad_before = settings.pop("bad_before", None)
     engine, ema = make(settings)
     losses, norms = [], []
     for step in range(STEPS):
@@ -82,6 +86,10 @@ def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
             engine.close()
             engine, ema = make(settings)
             checkpoints.restore(saved, engine, ema)
+        if step == bad_before:
+            _, norm = take_step(engine, step, spoilt=True)
+            assert engine.skipped_last, f"taken, with a gradient norm of {norm}"
+            assert not norm.isfinite()
         loss, norm = take_step(engine, step)
         ema.update(step + 1)
         losses.append(engine.mean(loss[None])[0])
