@@ -23,7 +23,7 @@ from safetensors import torch as safetensors
 
 from dico_ray import cluster, pool
 from dico_ray.config import Config, ConfigError, UserError
-from dico_ray.data.image_sets import UNKNOWN, ImageSet
+from dico_ray.data.image_sets import THREADS, UNKNOWN, ImageSet
 from dico_ray.data.latents import fill_up
 from dico_ray.metrics import FeatureNetwork, Features, ImageClassifier, Statistics, uint8_to_signed
 from dico_ray.progress import Progress
@@ -32,7 +32,6 @@ from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
 
 PARTS = "evaluation-parts"
-_READERS = 2
 Piece = tuple[str, int, int]
 
 
@@ -147,6 +146,7 @@ class EvaluateActor:
             self._network.compile(dynamic=False)
         self._classifier = judges.classifier.to(self.device) if judges.classifier else None
         self._sampler = sampler
+        self._readers = ThreadPoolExecutor(readers(config))
         self._device_is_free = threading.Lock()
 
     @torch.inference_mode()
@@ -154,29 +154,29 @@ class EvaluateActor:
         """Two threads may be in it: while one judges its range, the other reads the next one or stores the last one."""
         which, start, stop = piece
         source = self._sources[which]
-        with ThreadPoolExecutor(_READERS) as readers:
-            if isinstance(source, Made):
-                batches = self._generated(source, start, stop)
-            else:
-                batches = self._read(readers, source, start, stop)
-            with self._device_is_free:
-                found = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches])
+        if isinstance(source, Made):
+            batches = self._generated(source, start, stop)
+        else:
+            batches = self._read(source, start, stop)
+        with self._device_is_free:
+            found = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches])
         part = found.cpu()  # once a range, so that the device's next batch is there before one is finished
         self._parts[which].write(part_name(start, stop), part.to_bytes())
         return part
 
-    def _read(
-        self, readers: ThreadPoolExecutor, source: ImageSet, start: int, stop: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of stored images, which are being read and decoded from now on."""
-        batches = [(start + low, start + high) for low, high in self._cuts(stop - start)]
+        cuts = [(start + low, start + high) for low, high in self._cuts(stop - start)]
+        places: list[torch.Tensor] = []
 
-        def read(batch: pool.Range) -> torch.Tensor:
-            pixels = torch.from_numpy(source.read(*batch))
-            return pixels.pin_memory() if self._gpu else pixels  # from where it is copied without a wait
+        def room(shape: tuple[int, ...]) -> np.ndarray:
+            """Pinned, from where it is copied to the device without a wait."""
+            places.append(torch.empty(shape, dtype=torch.uint8, pin_memory=self._gpu))
+            return places[-1].numpy()
 
-        labels = (torch.tensor(source.labels[low:high]) for low, high in batches)
-        return zip(readers.map(read, batches), labels, strict=True)
+        read = source.batches(cuts, self._readers, room)
+        labels = (torch.tensor(source.labels[low:high]) for low, high in cuts)
+        return ((place, label) for place, _, label in zip(places, read, labels, strict=True))
 
     def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
@@ -219,6 +219,11 @@ class EvaluateActor:
                 f"evaluate.{which}: the images are {width}x{height} pixels, the {network} takes {size}x{size}; "
                 f"set evaluate.image_size {size}, or name images of that size"
             )
+
+
+def readers(config: Config) -> int:
+    """Threads of an actor that read and decode images."""
+    return max(THREADS, int(config.resources.actor_cpus))
 
 
 def range_size(config: Config, source: Source) -> int:

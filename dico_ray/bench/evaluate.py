@@ -30,7 +30,7 @@ from dico_ray import pool
 from dico_ray.bench.network import seconds_of
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.image_sets import ImageSet
-from dico_ray.measure import EvaluateActor, Judges, Total
+from dico_ray.measure import EvaluateActor, Judges, Total, readers
 from dico_ray.metrics import (
     Inception,
     Moments,
@@ -191,7 +191,7 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     batch = source.read(0, min(config.evaluate.batch_size, source.count))
     labels = torch.zeros(len(batch), dtype=torch.int64)
     part = actor.judge("images", batch, labels).cpu()
-    reading, _ = _timed(lambda: [source.read(*one) for one in pool.ranges(source.count, len(batch))])
+    reading, _ = _timed(lambda: _read(source, work, len(batch), config))
     forward = seconds_of(lambda: actor.judge("images", batch, labels).cpu(), actor.device, _LEAST_SECONDS)
     statistics = seconds_of(lambda: Total(1, 0).add(0, part), torch.device("cpu"), _LEAST_SECONDS)
     scores, _ = _timed(lambda: _scores(total, "cuda" if gpu else "cpu"))
@@ -202,6 +202,18 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
         "statistics_images_per_s": len(batch) / statistics,
         "scores_s": scores,
     }
+
+
+def _read(source: ImageSet, work: list[pool.Range], batch: int, config: Config) -> None:
+    """All images, two ranges at a time and by as many threads as an actor has for it."""
+    with ThreadPoolExecutor(readers(config)) as threads, ThreadPoolExecutor(2) as both:
+
+        def one(piece: pool.Range) -> None:
+            low, high = piece
+            for _ in source.batches([(low + a, low + b) for a, b in pool.ranges(high - low, batch)], threads):
+                pass
+
+        list(both.map(one, work))
 
 
 def _scores(total: Total, device: str) -> None:

@@ -26,12 +26,19 @@ class NpzImages:
     shape: tuple[int, int, int, int]
 
     def read(self, storage: Storage, start: int, stop: int) -> np.ndarray:
-        """Images [start, stop): uint8 (n, H, W, 3). Raises ConfigError if the file ends before."""
-        size = int(np.prod(self.shape[1:]))
-        pixels = np.empty((stop - start) * size, np.uint8)
-        if storage.read_into(self.name, self.offset + start * size, pixels.data) < len(pixels):
-            raise ConfigError(f"{storage.url}/{self.name}: ends before image {stop}; copy the file again")
-        return pixels.reshape(stop - start, *self.shape[1:])
+        """Images [start, stop): uint8 (n, H, W, 3). Raises as `read_into`."""
+        pixels = np.empty((stop - start, *self.shape[1:]), np.uint8)
+        self.read_into(storage, start, pixels)
+        return pixels
+
+    def read_into(self, storage: Storage, start: int, pixels: np.ndarray) -> None:
+        """Images from `start` on -> contiguous uint8 (n, H, W, 3). Raises ConfigError if the file ends before."""
+        flat = pixels.reshape(-1)
+        offset = self.offset + start * int(np.prod(self.shape[1:]))
+        if storage.read_into(self.name, offset, flat.data) < len(flat):
+            raise ConfigError(
+                f"{storage.url}/{self.name}: ends before image {start + len(pixels)}; copy the file again"
+            )
 
 
 def open_npz(storage: Storage, name: str, setting: str) -> tuple[NpzImages | None, np.ndarray | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from dico_ray.config import ConfigError
 from dico_ray.data.archives import NpzImages, open_npz
@@ -18,8 +19,9 @@ from dico_ray.data.sources import ImageSource, Piece
 from dico_ray.storage import Storage
 
 UNKNOWN = -1
-_THREADS = 8
+THREADS = 8  # that read, at the least: most of a small image's time is its store's
 _HASHED_AT_ONCE = 2**26
+_Batch = tuple[int, int, np.ndarray]  # images [start, stop), and where they go
 
 
 @dataclass(frozen=True)
@@ -62,42 +64,77 @@ class ImageSet:
         return cls(setting, storage, labels, source.classes, source, ends, image_size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images [start, stop): uint8 (n, H, W, 3), n > 0.
+        """Images [start, stop): uint8 (n, H, W, 3), n > 0. Raises as `batches`."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return next(self.batches([(start, stop)], threads))
 
+    def batches(
+        self,
+        cuts: Sequence[tuple[int, int]],
+        threads: Executor,
+        room: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Images [start, stop) of each cut: uint8 (n, H, W, 3), n > 0. They are read and decoded from now on.
+
+        cuts: each begins where the one before ends. threads: those that read. room: makes the array, of this shape,
+        into which a batch is decoded; unset: NumPy does.
         Raises ImageError for one that cannot be decoded, ConfigError for images of several sizes.
         """
-        if isinstance(self.source, NpzImages):
-            names = [f"{self.source.name}[{i}]" for i in range(start, stop)]
-            return self._stack(names, list(self.source.read(self.storage, start, stop)))
-        first, last = bisect_right(self.ends, start), bisect_right(self.ends, stop - 1)
-        pieces = self.source.pieces[first : last + 1]
-        offset = self.ends[first] - len(pieces[0].labels)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            named = [image for part in pool.map(self._encoded, pieces) for image in part][
-                start - offset : stop - offset
-            ]
-            images = list(pool.map(lambda one: load_image(one[1], one[0]), named))
-        names = [name for name, _ in named]
-        if self.image_size is not None:
-            return np.stack([center_crop(image, self.image_size) for image in images])
-        return self._stack(names, [np.asarray(image) for image in images])
+        source, room = self.source, room or _room
+        if isinstance(source, NpzImages):
+            shape = source.shape[1:] if self.image_size is None else (self.image_size, self.image_size, 3)
+            batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
+            return _in_order(batches, [[threads.submit(self._fill_from_npz, source, batch)] for batch in batches])
+        some = slice(bisect_right(self.ends, cuts[0][0]), bisect_right(self.ends, cuts[-1][1] - 1) + 1)
+        pieces = [
+            (piece, end - len(piece.labels), end)
+            for piece, end in zip(source.pieces[some], self.ends[some], strict=True)
+        ]
+        encoded = self._encoded(pieces[0][0])
+        like = encoded[cuts[0][0] - pieces[0][1]]  # whose size the others have to have
+        shape = self._pixels(*like).shape
+        batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
+        waited_for: list[list[Future[None]]] = [[] for _ in batches]
+        for i, (piece, first, end) in enumerate(pieces):
+            these = [k for k, (start, stop, _) in enumerate(batches) if start < end and first < stop]
+            known = encoded if i == 0 else None
+            work = threads.submit(self._fill, piece, first, [batches[k] for k in these], like[0], known)
+            for k in these:
+                waited_for[k].append(work)
+        return _in_order(batches, waited_for)
+
+    def _fill(
+        self, piece: Piece, first: int, batches: list[_Batch], like: str, encoded: list[tuple[str, bytes]] | None
+    ) -> None:
+        """A piece's images, of which the first is image `first` of the set, to their places in the batches."""
+        encoded = encoded or self._encoded(piece)
+        for start, stop, place in batches:
+            for i in range(max(first, start), min(first + len(encoded), stop)):
+                name, data = encoded[i - first]
+                pixels = self._pixels(name, data)
+                if pixels.shape != place.shape[1:]:
+                    raise ConfigError(
+                        f"{self.setting}: {name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, {like} "
+                        f"{place.shape[2]}x{place.shape[1]}; set evaluate.image_size, to which all are cropped"
+                    )
+                place[i - start] = pixels
+
+    def _fill_from_npz(self, source: NpzImages, batch: _Batch) -> None:
+        start, stop, place = batch
+        if place.shape[1:] == source.shape[1:]:
+            source.read_into(self.storage, start, place)
+            return
+        assert self.image_size is not None
+        for i, image in enumerate(source.read(self.storage, start, stop)):
+            place[i] = center_crop(Image.fromarray(image), self.image_size)
+
+    def _pixels(self, name: str, data: bytes) -> np.ndarray:
+        image = load_image(data, name)
+        return np.asarray(image) if self.image_size is None else center_crop(image, self.image_size)
 
     def _encoded(self, piece: Piece) -> list[tuple[str, bytes]]:
         assert isinstance(self.source, ImageSource)
         return self.source.read(self.storage, piece)
-
-    def _stack(self, names: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
-        if self.image_size is not None:
-            from PIL import Image
-
-            images = [center_crop(Image.fromarray(image), self.image_size) for image in images]
-        for name, image in zip(names, images, strict=True):
-            if image.shape != images[0].shape:
-                raise ConfigError(
-                    f"{self.setting}: {name} is {image.shape[1]}x{image.shape[0]} pixels, {names[0]} "
-                    f"{images[0].shape[1]}x{images[0].shape[0]}; set evaluate.image_size, to which all are cropped"
-                )
-        return np.stack(images)
 
     def content_hash(self) -> str:
         """xxh3-128 of every image's stored bytes, in order; reads them all."""
@@ -107,13 +144,30 @@ class ImageSet:
             for start in range(0, self.count, rows):
                 digest.update(self.source.read(self.storage, start, min(start + rows, self.count)).data)
         else:
-            with ThreadPoolExecutor(_THREADS) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 for part in pool.map(self._piece_hash, self.source.pieces):
                     digest.update(part)
         return digest.hexdigest()
 
     def _piece_hash(self, piece: Piece) -> bytes:
         return b"".join(xxhash.xxh3_128_digest(data) for _, data in self._encoded(piece))
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
+def _in_order(batches: list[_Batch], waited_for: list[list[Future[None]]]) -> Iterator[np.ndarray]:
+    """Each batch when it is complete; what is not begun when its user is done is left."""
+    try:
+        for (*_, place), work in zip(batches, waited_for, strict=True):
+            for one in work:
+                one.result()
+            yield place
+    finally:
+        for work in waited_for:
+            for one in work:
+                one.cancel()
 
 
 def _scan(storage: Storage, setting: str) -> ImageSource:

@@ -52,7 +52,7 @@ def load_image(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{name}: {error}") from None
     if image.mode.startswith(("I", "F")):  # Pillow would clip their 16 bits to white
         raise ImageError(f"{name}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from dico_ray.config import ConfigError
 from dico_ray.data.image_sets import UNKNOWN, ImageSet
+from dico_ray.data.images import ImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 6, 3), dtype=np.uint8)
 LABELS = [i // 60 for i in range(150)]
@@ -54,6 +58,37 @@ def test_every_source_gives_the_same_images_by_index(root: Path, name: str) -> N
         found = images.read(start, stop)
         assert found.dtype == np.uint8
         assert np.array_equal(found, PIXELS[start:stop])
+
+
+@given(st.sampled_from(["classes", "flat", "tars", "tables", "adm.npz"]), st.integers(0, 149), st.data())
+def test_batches_are_adjoining_cuts_in_order(root: Path, name: str, start: int, data: st.DataObject) -> None:
+    """Into arrays of the caller's, of whatever sizes, by one thread or several."""
+    images = ImageSet.scan(str(root / name), "evaluate.images")
+    ends = sorted(data.draw(st.sets(st.integers(start + 1, 150), min_size=1, max_size=5)))
+    cuts = list(zip([start, *ends], ends, strict=False))
+    rooms: list[np.ndarray] = []
+
+    def room(shape: tuple[int, ...]) -> np.ndarray:
+        rooms.append(np.zeros(shape, np.uint8))
+        return rooms[-1]
+
+    with ThreadPoolExecutor(data.draw(st.integers(1, 4))) as threads:
+        found = list(images.batches(cuts, threads, room))
+    assert [id(one) for one in found] == [id(one) for one in rooms]
+    for (first, last), pixels in zip(cuts, found, strict=True):
+        assert np.array_equal(pixels, PIXELS[first:last])
+
+
+def test_a_torn_image_ends_the_batches_where_it_lies(root: Path, tmp_path: Path) -> None:
+    for i in range(40):
+        data = (root / "flat" / f"{i:04d}.png").read_bytes()
+        (tmp_path / f"{i:04d}.png").write_bytes(data[:60] if i == 25 else data)
+    images = ImageSet.scan(str(tmp_path), "x")
+    with ThreadPoolExecutor(2) as threads:
+        batches = images.batches([(0, 20), (20, 40)], threads)
+        assert np.array_equal(next(batches), PIXELS[:20])
+        with pytest.raises(ImageError, match="0025.png"):
+            next(batches)
 
 
 def test_the_content_hash_is_of_the_images_alone(root: Path, tmp_path: Path) -> None:
