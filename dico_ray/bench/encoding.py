@@ -19,7 +19,8 @@ import ray
 import torch
 
 from dico_ray import cluster
-from dico_ray.bench.sampling import bench_folder, random_autoencoder
+from dico_ray.bench.folders import bench_folder
+from dico_ray.bench.sampling import random_autoencoder
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.latents import Autoencoder
 from dico_ray.storage import Storage

@@ -6,6 +6,9 @@ depend on what the weights are, so random ones do where the published are not at
 The network is also timed alone, on images that are on the device already and with features that stay there: eager in
 batches of 50 and in PyTorch's own precision (TF32 convolutions on GPUs), as pytorch-fid and torch-fidelity run it, and
 each way that evaluate.precision and evaluate.compile offer, with how far its features move from fp32's.
+
+Pools of several sizes are timed on a Ray cluster, with actors that have compiled and warmed up. One process decodes
+files on some four or five CPUs at the most: where files bind, let several actors share a GPU (resources.actor_gpus).
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from json import dumps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dico_ray import pool
+from dico_ray import cluster, pool
+from dico_ray.bench.folders import bench_folder
 from dico_ray.bench.network import seconds_of
 from dico_ray.config import Config, ConfigError
+from dico_ray.data.generated import to_png
 from dico_ray.data.image_sets import ImageSet
 from dico_ray.measure import EvaluateActor, Judges, Total, readers
 from dico_ray.metrics import (
@@ -45,30 +50,45 @@ from dico_ray.storage import Storage
 _RIVAL_BATCH = 64  # torch-fidelity's default
 _EAGER_BATCH = 50  # pytorch-fid's
 _LEAST_SECONDS = 1.0
-_WAYS = [("fp32", False), ("tf32", False), ("fp16", False), ("tf32", True), ("fp16", True)]
+WAYS = {  # evaluate.precision and evaluate.compile; all but the first are GPUs'
+    "fp32": ("fp32", False), "tf32": ("tf32", False), "fp16": ("fp16", False), "tf32 compiled": ("tf32", True),
+    "fp16 compiled": ("fp16", True),
+}  # fmt: skip
 
 
-def main(config: Config, *, verbose: bool, images: int, size: int, random: bool, rival: bool, json: str) -> None:
+def main(
+    config: Config, *, verbose: bool, images: int, size: int, random: bool, rival: bool, ways: Sequence[str],
+    actors: Sequence[int], folder: str, json: str,
+) -> None:  # fmt: skip
     """Times an evaluation of random images and prints the table.
 
     images: how many. size: their height and width. random: an untrained Inception instead of evaluate.features.
-    rival: also time torch-fidelity's pass over the same files. json: a file for the figures.
-    Raises ConfigError for fewer than 8 images, or if the rival is wanted with another network than Inception.
+    rival: also time torch-fidelity's pass over the same files. ways: of the network alone, some of WAYS, "all" or
+    "none". actors: sizes of pools to compare, 0 for none. folder: for the images; unset: a temporary one. json: a file.
+    Raises ConfigError for impossible ones, or if the rival is wanted with another network than Inception.
     """
-    if images < 8:
-        raise ConfigError(f"--images {images}: take 8 or more")
+    sizes = sorted(set(actors) - {0})
+    if images < 8 or min(actors, default=-1) < 0:
+        raise ConfigError(f"--images {images} --actors {list(actors)}: take 8 or more images, and 0 or more actors")
+    for name in ways:
+        if name not in (*WAYS, "all", "none"):
+            raise ConfigError(f"--ways {name}: take all, none, or some of {', '.join(WAYS)}")
     network = Inception(untrained(), "untrained Inception-v3") if random else open_network(config.evaluate.features)
     if rival and not isinstance(network, Inception):
         raise ConfigError("--rival true: torch-fidelity's pass is Inception's; take --rival false")
+    if rival and folder and not Storage(folder).is_local:
+        raise ConfigError(f"--folder {folder}: torch-fidelity reads local files; take --rival false")
     gpu = torch.cuda.is_available() and config.resources.accelerator != "cpu"
-    with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as folder:
-        source = _write(Path(folder) / "images", images, size)
-        figures: dict[str, Any] = {"ways": _ways(config, network, source, gpu)}
+    with bench_folder(folder) as place:
+        source = _write(Storage(place).at(f"{images}-images-of-{size}"), images, size)
+        parts = Storage(place).at("parts")
+        figures: dict[str, Any] = {"ways": _ways(config, network, source, gpu, ways)}
         if rival and isinstance(network, Inception):
             figures["eager_images_per_s"] = _eager_rate(network.network, source, gpu)
-        figures |= _ours(config, network, source, Storage(folder).at("parts"), gpu)
+        figures |= _ours(config, network, source, parts, gpu)
         if rival and isinstance(network, Inception):
             figures["torch_fidelity_images_per_s"] = images / _rival(network.network, source, gpu)
+        figures["pool_images_per_s"] = _pools(config, network, source, parts, sizes, verbose) if sizes else {}
     figures |= {"images": images, "size": size, "device": torch.cuda.get_device_name() if gpu else "cpu",
                 "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
                 "batch_size": config.evaluate.batch_size, "precision": config.evaluate.precision,
@@ -105,19 +125,18 @@ def untrained(seed: int = 0) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def _write(folder: Path, count: int, size: int) -> ImageSet:
+def _write(folder: Storage, count: int, size: int) -> ImageSet:
     """PNG files that compress as images do: noise over a coarse pattern."""
-    folder.mkdir()
 
     def write(i: int) -> None:
         rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
         noise = rng.integers(0, 8, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(np.asarray(coarse) // 8 * 8 + noise).save(folder / f"{i:06d}.png")
+        folder.write(f"{i:06d}.png", to_png(np.asarray(coarse) // 8 * 8 + noise))
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(write, range(count)))
-    return ImageSet.scan(str(folder), "evaluate.images")
+    return ImageSet.scan(folder.url, "evaluate.images")
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -129,8 +148,10 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def _ways(config: Config, network: Any, source: ImageSet, gpu: bool) -> dict[str, Any]:
-    """The network alone, each way: images/s, seconds of the first batch, and what its features are beside fp32's.
+def _ways(config: Config, network: Any, source: ImageSet, gpu: bool, names: Sequence[str]) -> dict[str, Any]:
+    """The network alone, in fp32 and each way that is named.
+
+    Images/s, seconds of the first batch, and what its features are beside fp32's.
 
     difference_rms: in standard deviations of a feature. distance: Frechet distance between the two sets' features.
     """
@@ -140,7 +161,9 @@ def _ways(config: Config, network: Any, source: ImageSet, gpu: bool) -> dict[str
     labels = torch.zeros(count, dtype=torch.int64)
     rows: dict[str, Any] = {}
     exact = torch.zeros(0)
-    for precision, compiled in _WAYS if gpu else _WAYS[:1]:
+    for name, (precision, compiled) in WAYS.items():
+        if "none" in names or (rows and not (gpu and ("all" in names or name in names))):
+            continue
         way = config.evaluate.model_copy(update={"precision": precision, "compile": compiled})
         own = Judges(copy.deepcopy(network))
         actor = EvaluateActor(config.model_copy(update={"evaluate": way}), own, {}, {}, gpu)
@@ -148,7 +171,7 @@ def _ways(config: Config, network: Any, source: ImageSet, gpu: bool) -> dict[str
         features = part.features.pool.double().cpu()
         exact = exact if rows else features
         seconds = seconds_of(lambda actor=actor: actor.judge("images", pixels, labels), device, _LEAST_SECONDS)
-        rows[f"{precision}{' compiled' if compiled else ''}"] = {
+        rows[name] = {
             "images_per_s": count / seconds,
             "start_s": first,
             "difference_rms": float((features - exact).square().mean().sqrt() / exact.std(dim=0).mean()),
@@ -204,6 +227,28 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     }
 
 
+def _pools(
+    config: Config, network: Any, source: ImageSet, parts: Storage, sizes: list[int], verbose: bool
+) -> dict[str, float]:
+    """Images/s of pools of actors that stay, each of which has judged one range before."""
+    cluster.connect(verbose)
+    gpu = cluster.uses_gpu(config.resources)
+    cluster.require_pool(config.resources.model_copy(update={"actors": max(sizes)}), gpu)
+    kind: Any = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
+    judges, sources = ray.put(Judges(copy.deepcopy(network).cpu())), ray.put({"images": source})
+    actors = [kind.remote(config, judges, sources, {"images": parts}, gpu) for _ in range(max(sizes))]
+    work = [("images", *piece) for piece in pool.ranges(source.count, config.evaluate.range_size)]
+    ray.get([actor.work.remote(work[0]) for actor in actors])
+    rates = {}
+    for size in sizes:
+        waiting, total = iter(actors[:size]), Total(1, 0)
+        began = time.perf_counter()
+        for (_, start, _), part in pool.run(lambda waiting=waiting: next(waiting), size, work, ahead=1):
+            total.add(start, part)
+        rates[str(size)] = source.count / (time.perf_counter() - began)
+    return rates
+
+
 def _read(source: ImageSet, work: list[pool.Range], batch: int, config: Config) -> None:
     """All images, two ranges at a time and by as many threads as an actor has for it."""
     with ThreadPoolExecutor(readers(config)) as threads, ThreadPoolExecutor(2) as both:
@@ -251,9 +296,13 @@ def _tell(figures: dict[str, Any]) -> None:
     print(f"  network, host to host {figures['network_images_per_s']:10.1f} images/s")
     print(f"  statistics            {figures['statistics_images_per_s']:10.1f} images/s")
     print(f"  scores, at the end    {figures['scores_s']:10.1f} s")
+    for size, rate in figures["pool_images_per_s"].items():
+        print(f"  pool of {size:<14}{rate:10.1f} images/s")
     rival, eager = figures.get("torch_fidelity_images_per_s"), figures.get("eager_images_per_s")
     if rival:
         print(f"  torch-fidelity's pass {rival:10.1f} images/s: ours is {figures['images_per_s'] / rival:.2f} of it")
+    if not (figures["ways"] or eager):
+        return
     print(f"the network alone, on the device, batches of {figures['batch_size']}; its features beside fp32's")
     print(f"  {'':20}images/s{'' if eager is None else '   of eager'}   first batch   move (rms)   distance")
     if eager:

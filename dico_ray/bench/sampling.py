@@ -16,9 +16,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from dico_ray import cluster, pool, weight_files
 from dico_ray.arithmetic import parameter_count
 from dico_ray.bench.evaluate import untrained
+from dico_ray.bench.folders import bench_folder
 from dico_ray.bench.network import awaken
 from dico_ray.bench.released import PlainDiCo
 from dico_ray.config import Config, ConfigError
@@ -86,16 +86,6 @@ def main(
     if json:
         there, name = os.path.split(os.path.abspath(json))
         Storage(there).write(name, dumps(figures, indent=1).encode())
-
-
-@contextmanager
-def bench_folder(folder: str) -> Iterator[str]:
-    """The folder, or a temporary one if it is unset."""
-    if folder:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as temporary:
-        yield temporary
 
 
 def _with(config: Config, **sections: dict[str, Any]) -> Config:
