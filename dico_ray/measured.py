@@ -16,7 +16,11 @@ BARE = "training, bare loop, blocks compiled"
 PRODUCTS = "training, the blocks' 1x1 products alone"
 WHOLE_FUSED = "training, whole path, blocks fused, CUDA graphs"
 ENGINE_FUSED = "training, engine at ZeRO-1 with EMA, Triton (fused blocks), CUDA graphs"
-ENGINE_FUSED_STAGE_2 = "training, engine at ZeRO-2 with EMA, Triton (fused blocks), CUDA graphs"
+BY_STAGE = {  # of one run, `bench scaling`'s
+    1: "training, engine at ZeRO-1 with EMA, Triton (fused blocks), CUDA graphs, by bench scaling",
+    2: "training, engine at ZeRO-2 with EMA, Triton (fused blocks), CUDA graphs, by bench scaling",
+    3: "training, engine at ZeRO-3 with EMA, Triton (fused blocks)",
+}
 WHOLE_STAGE_3 = "training, whole path, ZeRO-3"
 CHECKPOINT = "checkpoint behind training"
 

@@ -11,12 +11,15 @@ from dico_ray.config import Config, ConfigError
 from dico_ray.config.train import BUCKET_ELEMENTS
 from dico_ray.planning.activations import activation_bytes, path_of, working_bytes
 
+_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
+
 
 @dataclass(frozen=True)
 class State:
     """Bytes per GPU of a run's training state; activations come on top.
 
-    buffers: where gradients are collected before they are sent. host: bytes in the host's memory instead.
+    buffers: where gradients are collected before they are sent, or at stage 3 the weights that were gathered. host:
+    bytes in the host's memory instead.
     """
 
     weights: int
@@ -73,7 +76,8 @@ def state_memory(
     fp32 master weights (in fp32 at stage 0 they are the network's own) and two moments; the averages (EMA and
     profiles) are fp32, and dealt out at every stage. Offloaded, optimizer and averages lie in the host's memory.
     Graphs: CUDA graphs leave each micro-batch's gradients in tensors that stay, of the network's arithmetic.
-    On several ranks stage 2 collects gradients in fp32 before it sends them.
+    On several ranks stage 2 collects gradients in fp32 before it sends them, and stage 3 keeps weights that it gathered
+    until they are used again, up to DeepSpeed's stage3_max_live_parameters.
     """
     weight = 2 if precision == "bf16" else 4
     master = 0 if stage == 0 and precision == "fp32" else 4
@@ -82,13 +86,18 @@ def state_memory(
     def share(nbytes: int, divided: bool) -> int:
         return -(-nbytes // world_size) if divided else nbytes
 
+    buffers = 0
+    if world_size > 1 and stage == 2 and not offload:
+        buffers = 4 * min(parameters, BUCKET_ELEMENTS)
+    if world_size > 1 and stage == 3:
+        buffers = weight * min(parameters, _LIVE_PARAMETERS)
     optimizer, ema = share(parameters * (master + 8), stage >= 1), share(parameters * 4 * averages, True)
     return State(
         weights=share(parameters * weight, stage >= 3),
         gradients=share(parameters * gradient, stage >= 2) + parameters * weight * graphs,
         optimizer=0 if offload else optimizer,
         ema=0 if offload else ema,
-        buffers=4 * min(parameters, BUCKET_ELEMENTS) if stage == 2 and world_size > 1 and not offload else 0,
+        buffers=buffers,
         host=optimizer + ema if offload else 0,
     )
 
