@@ -61,7 +61,7 @@ _BENCH_EVALUATE = (
     Option("--size", int, 256, "their height and width"),
     Option("--random", _boolean, False, "an untrained Inception, as fast as the published one, which is not at hand"),
     Option("--rival", _boolean, True, "also time torch-fidelity's own pass over the same files"),
-    Option("--ways", _words, "all", "all, none, or some of: fp32, tf32, fp16, tf32 compiled, fp16 compiled"),
+    Option("--ways", _words, "all", "all, none, or fp32 and some of: tf32, fp16, tf32 compiled, fp16 compiled"),
     Option("--actors", _integers, "0", "sizes of pools on a cluster to compare, as [1,2,4]; 0: none"),
     Option("--folder", str, "", "folder or URL that all nodes reach, for the images; unset: a temporary one"),
     Option("--json", str, "", "file for the figures"),

@@ -62,6 +62,21 @@ def run(
         raise
 
 
+def standing(actors: Sequence[Any]) -> Callable[[], Any]:
+    """For `run`: actors that are up already, each given out once. It raises PoolError when there is none left."""
+    waiting = iter(actors)
+
+    def take() -> Any:
+        actor = next(waiting, None)
+        if actor is None:
+            raise PoolError(
+                "an actor died while the pool was timed, so there is no rate; see why it did, and try again"
+            )
+        return actor
+
+    return take
+
+
 class _Pool:
     def __init__(
         self, make_actor: Callable[[], Any], size: int, work: Sequence[Any], start_timeout_s: float, ahead: int

@@ -50,6 +50,7 @@ from dico_ray.storage import Storage
 _RIVAL_BATCH = 64  # torch-fidelity's default
 _EAGER_BATCH = 50  # pytorch-fid's
 _LEAST_SECONDS = 1.0
+_RANGES_EACH = 4  # that an actor of the largest pool judges, at the least
 WAYS = {  # evaluate.precision and evaluate.compile; all but the first are GPUs'
     "fp32": ("fp32", False), "tf32": ("tf32", False), "fp16": ("fp16", False), "tf32 compiled": ("tf32", True),
     "fp16 compiled": ("fp16", True),
@@ -64,21 +65,31 @@ def main(
 
     images: how many. size: their height and width. random: an untrained Inception instead of evaluate.features.
     rival: also time torch-fidelity's pass over the same files. ways: of the network alone, some of WAYS, "all" or
-    "none". actors: sizes of pools to compare, 0 for none. folder: for the images; unset: a temporary one. json: a file.
+    "none"; fp32 comes with any. actors: sizes of pools to compare, 0 for none. folder: for the images; unset: a
+    temporary one. json: a file.
     Raises ConfigError for impossible ones, or if the rival is wanted with another network than Inception.
     """
     sizes = sorted(set(actors) - {0})
     if images < 8 or min(actors, default=-1) < 0:
         raise ConfigError(f"--images {images} --actors {list(actors)}: take 8 or more images, and 0 or more actors")
+    gpu = torch.cuda.is_available() and config.resources.accelerator != "cpu"
     for name in ways:
-        if name not in (*WAYS, "all", "none"):
+        if name not in (*WAYS, "all", "none") or (name == "none" and len(ways) > 1):
             raise ConfigError(f"--ways {name}: take all, none, or some of {', '.join(WAYS)}")
+        if name in list(WAYS)[1:] and not gpu:
+            raise ConfigError(f"--ways {name}: it is a GPU's way, and this runs on CPUs; take all, none or fp32")
+    if (ranges := -(-images // config.evaluate.range_size)) < _RANGES_EACH * max(sizes, default=0):
+        raise ConfigError(
+            f"--images {images}: {ranges} ranges (evaluate.range_size {config.evaluate.range_size}) keep no pool of "
+            f"{max(sizes)} busy; take {_RANGES_EACH} ranges an actor or more"
+        )
     network = Inception(untrained(), "untrained Inception-v3") if random else open_network(config.evaluate.features)
     if rival and not isinstance(network, Inception):
         raise ConfigError("--rival true: torch-fidelity's pass is Inception's; take --rival false")
     if rival and folder and not Storage(folder).is_local:
         raise ConfigError(f"--folder {folder}: torch-fidelity reads local files; take --rival false")
-    gpu = torch.cuda.is_available() and config.resources.accelerator != "cpu"
+    if sizes:
+        _connect(config, max(sizes), verbose)
     with bench_folder(folder) as place:
         source = _write(Storage(place).at(f"{images}-images-of-{size}"), images, size)
         parts = Storage(place).at("parts")
@@ -88,7 +99,7 @@ def main(
         figures |= _ours(config, network, source, parts, gpu)
         if rival and isinstance(network, Inception):
             figures["torch_fidelity_images_per_s"] = images / _rival(network.network, source, gpu)
-        figures["pool_images_per_s"] = _pools(config, network, source, parts, sizes, verbose) if sizes else {}
+        figures["pool_images_per_s"] = _pools(config, network, source, parts, sizes) if sizes else {}
     figures |= {"images": images, "size": size, "device": torch.cuda.get_device_name() if gpu else "cpu",
                 "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
                 "batch_size": config.evaluate.batch_size, "precision": config.evaluate.precision,
@@ -227,13 +238,20 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     }
 
 
-def _pools(
-    config: Config, network: Any, source: ImageSet, parts: Storage, sizes: list[int], verbose: bool
-) -> dict[str, float]:
-    """Images/s of pools of actors that stay, each of which has judged one range before."""
+def _connect(config: Config, actors: int, verbose: bool) -> None:
+    """Before anything is timed. Raises ConfigError if there is no room for so many."""
     cluster.connect(verbose)
     gpu = cluster.uses_gpu(config.resources)
-    cluster.require_pool(config.resources.model_copy(update={"actors": max(sizes)}), gpu)
+    cluster.require_pool(config.resources.model_copy(update={"actors": actors}), gpu)
+    options = cluster.actor_options(config.resources, gpu)
+    bundle = {"CPU": options["num_cpus"], **({"GPU": options["num_gpus"]} if gpu else {})}
+    if not cluster.has_room(actors, bundle, {}):
+        raise ConfigError(f"--actors: the cluster has no room for {actors} of {bundle} now; wait for it, or take fewer")
+
+
+def _pools(config: Config, network: Any, source: ImageSet, parts: Storage, sizes: list[int]) -> dict[str, float]:
+    """Images/s of pools of actors that stay, each of which has judged one range before."""
+    gpu = cluster.uses_gpu(config.resources)
     kind: Any = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     judges, sources = ray.put(Judges(copy.deepcopy(network).cpu())), ray.put({"images": source})
     actors = [kind.remote(config, judges, sources, {"images": parts}, gpu) for _ in range(max(sizes))]
@@ -241,9 +259,9 @@ def _pools(
     ray.get([actor.work.remote(work[0]) for actor in actors])
     rates = {}
     for size in sizes:
-        waiting, total = iter(actors[:size]), Total(1, 0)
+        total = Total(1, 0)
         began = time.perf_counter()
-        for (_, start, _), part in pool.run(lambda waiting=waiting: next(waiting), size, work, ahead=1):
+        for (_, start, _), part in pool.run(pool.standing(actors[:size]), size, work, ahead=1):
             total.add(start, part)
         rates[str(size)] = source.count / (time.perf_counter() - began)
     return rates

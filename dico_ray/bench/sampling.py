@@ -152,11 +152,10 @@ def measure(
 
 def _pool_rate(config: Config, meters: list[Any], images: int) -> float:
     """Images/s of a pool of these actors, each with `images` to make on average."""
-    waiting = iter(meters)
     size = config.sample.piece or config.sample.batch_size
     work = pool.ranges(images * len(meters), size)
     began = time.perf_counter()
-    for _ in pool.run(lambda: next(waiting), len(meters), work, ahead=1):
+    for _ in pool.run(pool.standing(meters), len(meters), work, ahead=1):
         pass
     return images * len(meters) / (time.perf_counter() - began)
 

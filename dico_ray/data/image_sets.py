@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -21,7 +21,23 @@ from dico_ray.storage import Storage
 UNKNOWN = -1
 THREADS = 8  # that read, at the least: most of a small image's time is its store's
 _HASHED_AT_ONCE = 2**26
+_DECODED_AT_ONCE = 8  # images: some milliseconds
 _Batch = tuple[int, int, np.ndarray]  # images [start, stop), and where they go
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Images [start, stop) of a piece, whose first image is `first`, to their places in a batch.
+
+    like: the name of the image whose size they have to have. done: what the batch waits for.
+    """
+
+    start: int
+    stop: int
+    batch: _Batch
+    first: int
+    like: str
+    done: Future[None] = field(default_factory=Future[None])
 
 
 @dataclass(frozen=True)
@@ -96,28 +112,51 @@ class ImageSet:
         batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
         waited_for: list[list[Future[None]]] = [[] for _ in batches]
         for i, (piece, first, end) in enumerate(pieces):
-            these = [k for k, (start, stop, _) in enumerate(batches) if start < end and first < stop]
-            known = encoded if i == 0 else None
-            work = threads.submit(self._fill, piece, first, [batches[k] for k in these], like[0], known)
-            for k in these:
-                waited_for[k].append(work)
+            tasks = []
+            for batch, wait in zip(batches, waited_for, strict=True):
+                for low in range(max(first, batch[0]), min(end, batch[1]), _DECODED_AT_ONCE):
+                    tasks.append(_Task(low, min(low + _DECODED_AT_ONCE, end, batch[1]), batch, first, like[0]))
+                    wait.append(tasks[-1].done)
+            if i == 0:
+                for task in tasks:
+                    threads.submit(self._decode, encoded, task)
+            else:
+                threads.submit(self._serve, piece, tasks, threads)
         return _in_order(batches, waited_for)
 
-    def _fill(
-        self, piece: Piece, first: int, batches: list[_Batch], like: str, encoded: list[tuple[str, bytes]] | None
-    ) -> None:
-        """A piece's images, of which the first is image `first` of the set, to their places in the batches."""
-        encoded = encoded or self._encoded(piece)
-        for start, stop, place in batches:
-            for i in range(max(first, start), min(first + len(encoded), stop)):
-                name, data = encoded[i - first]
+    def _serve(self, piece: Piece, tasks: list[_Task], threads: Executor) -> None:
+        """Reads a piece, and has its images decoded by whoever is free."""
+        if all(task.done.cancelled() for task in tasks):
+            return
+        try:
+            encoded = self._encoded(piece)
+        except Exception as error:  # noqa: BLE001 - it is raised where the images are waited for
+            for task in tasks:
+                if task.done.set_running_or_notify_cancel():
+                    task.done.set_exception(error)
+            return
+        for task in tasks[1:]:
+            threads.submit(self._decode, encoded, task)
+        self._decode(encoded, tasks[0])
+
+    def _decode(self, encoded: list[tuple[str, bytes]], task: _Task) -> None:
+        if not task.done.set_running_or_notify_cancel():
+            return
+        try:
+            first_of_batch, _, place = task.batch
+            for i in range(task.start, task.stop):
+                name, data = encoded[i - task.first]
                 pixels = self._pixels(name, data)
                 if pixels.shape != place.shape[1:]:
                     raise ConfigError(
-                        f"{self.setting}: {name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, {like} "
+                        f"{self.setting}: {name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, {task.like} "
                         f"{place.shape[2]}x{place.shape[1]}; set evaluate.image_size, to which all are cropped"
                     )
-                place[i - start] = pixels
+                place[i - first_of_batch] = pixels
+        except Exception as error:  # noqa: BLE001 - it is raised where the images are waited for
+            task.done.set_exception(error)
+        else:
+            task.done.set_result(None)
 
     def _fill_from_npz(self, source: NpzImages, batch: _Batch) -> None:
         start, stop, place = batch
@@ -158,7 +197,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _in_order(batches: list[_Batch], waited_for: list[list[Future[None]]]) -> Iterator[np.ndarray]:
-    """Each batch when it is complete; what is not begun when its user is done is left."""
+    """Each batch when it is complete. What is not begun when its user, who has begun, is done is left."""
     try:
         for (*_, place), work in zip(batches, waited_for, strict=True):
             for one in work:

@@ -65,7 +65,7 @@ class ImageSource:
         return cls("folder", tuple(pieces), folder.classes)
 
     def read(self, storage: Storage, piece: Piece) -> list[tuple[str, bytes]]:
-        """(name, encoded image) of each of a piece's images. Raises ImageError for an archive that changed."""
+        """(name, encoded image) of each of a piece's images. Raises ImageError for a file that changed."""
         if self.kind == "folder":
             return [(piece.file, storage.read(piece.file))]
         if self.kind == "parquet":
@@ -83,9 +83,12 @@ class ImageSource:
         column, nested = self.columns
         with storage.file(piece.file) as file:
             table = _parquet(file, piece.file)
-            group, first = next(
+            found = (
                 (g, at) for g, (at, rows) in enumerate(_groups(table)) if at <= piece.start and piece.stop <= at + rows
             )
+            group, first = next(found, (None, 0))
+            if group is None:
+                raise ImageError(f"{piece.file}: rows {piece.start} to {piece.stop} are gone; it changed meanwhile")
             values = table.read_row_group(group, [f"{column}.bytes" if nested else column]).column(column).to_pylist()
         rows = values[piece.start - first : piece.stop - first]
         images = [(row or {}).get("bytes") if nested else row for row in rows]

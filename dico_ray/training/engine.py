@@ -78,8 +78,9 @@ class Engine:
     Master weights, moments and accumulated gradients are fp32 (at stage 0 in bf16 DeepSpeed accumulates in
     bf16); `train.precision` is the network's arithmetic. A step whose gradients are not finite is left out.
 
-    Per optimizer step the host waits for the device where DeepSpeed looks whether the gradient norm is finite
-    (once; at stage 3 also for each micro-batch's reduction); ours adds one wait at stage 0 in fp32, and none elsewhere.
+    Per optimizer step the host waits for the device where DeepSpeed looks whether the gradient norm is finite (once,
+    and where it clips, for each group of parameters; at stage 3 also for each micro-batch's reduction); ours adds one
+    wait at stage 0 in fp32, and none elsewhere.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def test_the_bench_times_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.usefixtures("local_ray")
 def test_pools_of_several_sizes_judge_all_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = build({
-        "evaluate": {"features": str(FEATURES), "batch_size": 4, "range_size": 8}, "resources": {"accelerator": "cpu"}
+        "evaluate": {"features": str(FEATURES), "batch_size": 2, "range_size": 2}, "resources": {"accelerator": "cpu"}
     })  # fmt: skip
     folder = tmp_path / "made"
     figures = _bench(
@@ -50,7 +50,7 @@ def test_pools_of_several_sizes_judge_all_images(tmp_path: Path, capsys: pytest.
     assert min(figures["pool_images_per_s"].values()) > 0
     assert figures["ways"] == {}
     assert len(list((folder / "20-images-of-32").glob("*.png"))) == 20
-    assert len(list((folder / "parts").iterdir())) == 3  # ranges of 8, 8 and 4
+    assert len(list((folder / "parts").iterdir())) == 10
     assert "pool of 2" in capsys.readouterr().out
 
 
@@ -62,6 +62,9 @@ def test_pools_of_several_sizes_judge_all_images(tmp_path: Path, capsys: pytest.
         ({"images": 3}, "--images 3 .*take 8 or more"),
         ({"actors": [2, -1]}, "0 or more actors"),
         ({"ways": ["fp8"]}, "--ways fp8: take all, none, or some of fp32, tf32"),
+        ({"ways": ["fp32", "none"]}, "--ways none: take all, none, or some"),
+        ({"ways": ["fp16 compiled"]}, "--ways fp16 compiled: it is a GPU's way"),
+        ({"images": 1000, "actors": [2]}, "4 ranges .* keep no pool of 2 busy"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -70,6 +73,8 @@ def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str
         _bench(config, **arguments)
 
 
-def test_another_network_has_no_rival(tmp_path: Path) -> None:
+def test_another_network_is_timed_alone(tmp_path: Path) -> None:
     config = build({"evaluate": {"features": str(FEATURES)}, "resources": {"accelerator": "cpu"}})
-    assert "torch_fidelity_images_per_s" not in _bench(config, images=40, json=str(tmp_path / "figures.json"))
+    figures = _bench(config, images=40, json=str(tmp_path / "figures.json"))
+    assert min(figures[name] for name in ("images_per_s", "read_images_per_s", "network_images_per_s")) > 0
+    assert figures["pool_images_per_s"] == {}

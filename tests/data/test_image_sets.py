@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,6 +92,62 @@ def test_a_torn_image_ends_the_batches_where_it_lies(root: Path, tmp_path: Path)
         assert np.array_equal(next(batches), PIXELS[:20])
         with pytest.raises(ImageError, match="0025.png"):
             next(batches)
+
+
+def test_a_large_piece_is_decoded_by_several_threads_a_batch_at_a_time(tmp_path: Path) -> None:
+    """A row group of 150 images, of which the last is torn, which only the last batch notices."""
+    encoded = [_png(image) for image in PIXELS]
+    encoded[-1] = encoded[-1][:60]
+    parquet.write_table(pyarrow.table({"image": encoded, "label": LABELS}), tmp_path / "0.parquet")
+    images = ImageSet.scan(str(tmp_path), "x")
+    names: set[str] = set()
+    decode = ImageSet._pixels
+
+    class Watched(ImageSet):
+        def _pixels(self, name: str, data: bytes) -> np.ndarray:
+            names.add(threading.current_thread().name)
+            time.sleep(0.001)  # as long as a real one takes
+            return decode(self, name, data)
+
+    watched = Watched(**{field.name: getattr(images, field.name) for field in dataclasses.fields(images)})
+    with ThreadPoolExecutor(4) as threads:
+        batches = watched.batches([(0, 50), (50, 100), (100, 150)], threads)
+        assert np.array_equal(next(batches), PIXELS[:50])
+        assert np.array_equal(next(batches), PIXELS[50:100])
+        with pytest.raises(ImageError, match="149"):
+            next(batches)
+    assert len(names) > 2  # one of them is the caller's, who looks at the first image's size
+
+
+def test_what_is_not_begun_is_left_when_its_user_is_done(root: Path) -> None:
+    images = ImageSet.scan(str(root / "flat"), "x")
+    rooms: list[np.ndarray] = []
+
+    def room(shape: tuple[int, ...]) -> np.ndarray:
+        rooms.append(np.zeros(shape, np.uint8))
+        return rooms[-1]
+
+    with ThreadPoolExecutor(1) as threads:
+        batches = images.batches([(0, 1), (1, 150)], threads, room)
+        next(batches)
+        getattr(batches, "close")()  # noqa: B009
+    assert (rooms[1] == 0).all(axis=(1, 2, 3)).sum() > 0
+
+
+def test_rows_that_are_gone_are_noticed(tmp_path: Path) -> None:
+    encoded = [_png(image) for image in PIXELS]
+
+    def write(count: int) -> None:
+        table = pyarrow.table({"image": encoded[:count], "label": LABELS[:count]})
+        parquet.write_table(table, tmp_path / "0.parquet", row_group_size=64)
+
+    write(150)
+    images = ImageSet.scan(str(tmp_path), "x")
+    write(70)
+    assert np.array_equal(images.read(0, 64), PIXELS[:64])
+    for start in (40, 130):
+        with pytest.raises(ImageError, match="changed meanwhile"):
+            images.read(start, 150)
 
 
 def test_the_content_hash_is_of_the_images_alone(root: Path, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node N follow_golden.py OUTPUT '[{"zero_stage": 0, "precision": "fp32", ...}, ...]' [--gpu]
 
 A case's bucket_elements stands in for the engine's; before the step bad_before, one is tried that has NaN among the
-last rank's latents. Writes, for each of the settings, the relative L2 errors of losses, gradient norms, weights and
-EMA.
+last rank's latents, and before bad_sum_before one in which a single sum, of the last rank's, is infinite. Writes, for
+each of the settings, the relative L2 errors of losses, gradient norms, weights and EMA.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def take_step(engine: Engine, step: int, spoilt: bool = False) -> tuple[torch.Te
     return total, norm
 
 
+def spoil_a_sum(engine: Engine) -> None:
+    """Of the last rank's, at stage 2, once they are complete."""
+    if engine.rank == engine.world_size - 1:
+        engine._deepspeed.optimizer.averaged_gradients[0].flat_partition[1] = float("inf")
+
+
 def error(found: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
 
@@ -77,7 +84,7 @@ def error(found: Any, expected: np.ndarray) -> float:
 def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
     """Half the steps, a checkpoint into a fresh engine, and the other half."""
     engines.BUCKET_ELEMENTS = settings.pop("bucket_elements", BUCKET_ELEMENTS)
-    bad_before = settings.pop("bad_before", None)
+    bad_before, bad_sum = settings.pop("bad_before", None), settings.pop("bad_sum_before", None)
     engine, ema = make(settings)
     losses, norms = [], []
     for step in range(STEPS):
@@ -90,6 +97,11 @@ def follow(settings: dict[str, Any], folder: Storage) -> dict[str, float]:
             _, norm = take_step(engine, step, spoilt=True)
             assert engine.skipped_last, f"taken, with a gradient norm of {norm}"
             assert not norm.isfinite()
+        if step == bad_sum:  # at stage 2, in one owner's part alone
+            engine.before_step.append(partial(spoil_a_sum, engine))
+            take_step(engine, step)
+            engine.before_step.pop()
+            assert engine.skipped_last
         loss, norm = take_step(engine, step)
         ema.update(step + 1)
         losses.append(engine.mean(loss[None])[0])
