@@ -23,7 +23,7 @@ test: install
 	$(PYTEST) -m "not slow and not chaos and not gpu"
 
 test-fast: install
-	$(PYTEST) -m "not ray and not interpreter and not slow and not chaos and not gpu"
+	$(PYTEST) -m "not ray and not long and not slow and not chaos and not gpu"
 
 test-slow: install
 	$(PYTEST) -m "slow and not chaos and not gpu"

@@ -167,6 +167,7 @@ assert not {"ray", "deepspeed"} & set(sys.modules)
 """
 
 
+@pytest.mark.long
 def test_diffusers_own_loader_finds_it(run: Path, folder: str, tmp_path: Path) -> None:
     """In a fresh process that has imported nothing of ours."""
     environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -35,6 +35,7 @@ def test_the_plain_network_computes_what_ours_does_gradients_included() -> None:
         torch.testing.assert_close(other, mine, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", ["train", "forward"])
 def test_every_way_that_runs_here_has_a_row_and_the_others_say_why(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -100,6 +100,7 @@ def growth(base: int | None) -> dict[str, float]:
     return {name: float(x @ torch.tensor([math.log(change[name]) for change in found]) / (x @ x)) for name in found[0]}
 
 
+@pytest.mark.long
 def test_no_signal_changes_more_in_wider_networks_and_without_mup_they_do() -> None:
     """The coordinate check (arXiv 2203.03466, appendix D.1): what a few steps change, over an eightfold width."""
     standard, mup = growth(None), growth(BASE)

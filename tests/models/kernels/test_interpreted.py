@@ -20,7 +20,7 @@ def test_each_kernel_by_tritons_interpreter() -> None:
     _run("not slow", "float64 and shape1")
 
 
-@pytest.mark.interpreter
+@pytest.mark.long
 def test_the_kernels_by_tritons_interpreter() -> None:
     _run("not slow")
 
