@@ -147,6 +147,13 @@ def test_an_actor_that_cannot_start_tells_why(tmp_path: Path) -> None:
         _run(tmp_path, 2, 5, refuse=True)
 
 
+def test_standing_actors_are_given_out_once() -> None:
+    take = pool.standing(["first", "second"])
+    assert [take(), take()] == ["first", "second"]
+    with pytest.raises(pool.PoolError, match="an actor died while the pool was timed"):
+        take()
+
+
 def test_ranges_cover_the_count() -> None:
     assert pool.ranges(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert pool.ranges(4, 4) == [(0, 4)]

@@ -107,7 +107,6 @@ class PartitionedGradients:
         if self._stream:  # before the next forward pass: gradients that graphs lend are overwritten from there on
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if self._optimizer.is_gradient_accumulation_boundary():
-            self._forget()  # where no gradient came at all
             for group, built in enumerate(self._sums):
                 self._optimizer.averaged_gradients[group] = built
             self._new = True
@@ -134,7 +133,10 @@ class PartitionedGradients:
         if not pending:
             return
         with self._aside():
-            self._forget()
+            if self._new:
+                for flat in self._flat:
+                    flat.zero_()
+                self._new = False
             key = tuple(id(parameter) for parameter, _, _ in pending)
             plan = self._plans.get(key)
             if plan is None:
@@ -150,13 +152,6 @@ class PartitionedGradients:
                 one.wait()
             for sums, part in plan.sums:
                 sums.add_(part, alpha=1 / self._world_size)
-
-    def _forget(self) -> None:
-        """Another step's sums."""
-        if self._new:
-            for flat in self._flat:
-                flat.zero_()
-            self._new = False
 
     def _aside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()

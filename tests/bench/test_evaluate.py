@@ -43,6 +43,9 @@ def test_pools_of_several_sizes_judge_all_images(tmp_path: Path, capsys: pytest.
         "evaluate": {"features": str(FEATURES), "batch_size": 2, "range_size": 2}, "resources": {"accelerator": "cpu"}
     })  # fmt: skip
     folder = tmp_path / "made"
+    with pytest.raises(ConfigError, match="a pool of 99 actors needs 99 CPUs"):  # before anything is written or timed
+        _bench(config, images=1000, actors=[99], folder=str(folder))
+    assert not folder.exists()
     figures = _bench(
         config, images=20, ways=["none"], actors=[2, 1], folder=str(folder), json=str(tmp_path / "figures.json")
     )

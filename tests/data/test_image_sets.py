@@ -6,6 +6,7 @@ import dataclasses
 import io
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,24 +95,27 @@ def test_a_torn_image_ends_the_batches_where_it_lies(root: Path, tmp_path: Path)
             next(batches)
 
 
+def _watching(images: ImageSet, pixels: Callable[[ImageSet, str, bytes], np.ndarray]) -> ImageSet:
+    """The same set, whose images are decoded by `pixels`."""
+    kind = type("Watched", (ImageSet,), {"_pixels": pixels})
+    return kind(**{field.name: getattr(images, field.name) for field in dataclasses.fields(images)})
+
+
 def test_a_large_piece_is_decoded_by_several_threads_a_batch_at_a_time(tmp_path: Path) -> None:
     """A row group of 150 images, of which the last is torn, which only the last batch notices."""
     encoded = [_png(image) for image in PIXELS]
     encoded[-1] = encoded[-1][:60]
     parquet.write_table(pyarrow.table({"image": encoded, "label": LABELS}), tmp_path / "0.parquet")
     images = ImageSet.scan(str(tmp_path), "x")
-    names: set[str] = set()
-    decode = ImageSet._pixels
+    names, decode = set[str](), ImageSet._pixels
 
-    class Watched(ImageSet):
-        def _pixels(self, name: str, data: bytes) -> np.ndarray:
-            names.add(threading.current_thread().name)
-            time.sleep(0.001)  # as long as a real one takes
-            return decode(self, name, data)
+    def watched(self: ImageSet, name: str, data: bytes) -> np.ndarray:
+        names.add(threading.current_thread().name)
+        time.sleep(0.001)  # as long as a real one takes
+        return decode(self, name, data)
 
-    watched = Watched(**{field.name: getattr(images, field.name) for field in dataclasses.fields(images)})
     with ThreadPoolExecutor(4) as threads:
-        batches = watched.batches([(0, 50), (50, 100), (100, 150)], threads)
+        batches = _watching(images, watched).batches([(0, 50), (50, 100), (100, 150)], threads)
         assert np.array_equal(next(batches), PIXELS[:50])
         assert np.array_equal(next(batches), PIXELS[50:100])
         with pytest.raises(ImageError, match="149"):
@@ -120,18 +124,21 @@ def test_a_large_piece_is_decoded_by_several_threads_a_batch_at_a_time(tmp_path:
 
 
 def test_what_is_not_begun_is_left_when_its_user_is_done(root: Path) -> None:
-    images = ImageSet.scan(str(root / "flat"), "x")
-    rooms: list[np.ndarray] = []
+    go_on, decoded, decode = threading.Event(), list[str](), ImageSet._pixels
 
-    def room(shape: tuple[int, ...]) -> np.ndarray:
-        rooms.append(np.zeros(shape, np.uint8))
-        return rooms[-1]
+    def watched(self: ImageSet, name: str, data: bytes) -> np.ndarray:
+        decoded.append(name)
+        if len(decoded) > 2:  # the caller's look at the first image's size, and the first batch
+            go_on.wait()
+        return decode(self, name, data)
 
+    images = _watching(ImageSet.scan(str(root / "flat"), "x"), watched)
     with ThreadPoolExecutor(1) as threads:
-        batches = images.batches([(0, 1), (1, 150)], threads, room)
+        batches = images.batches([(0, 1), (1, 150)], threads)
         next(batches)
         getattr(batches, "close")()  # noqa: B009
-    assert (rooms[1] == 0).all(axis=(1, 2, 3)).sum() > 0
+        go_on.set()
+    assert len(decoded) <= 3
 
 
 def test_rows_that_are_gone_are_noticed(tmp_path: Path) -> None:

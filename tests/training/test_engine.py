@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from dico_ray.settings import build
+from dico_ray.training.engine import Engine
 
 pytestmark = pytest.mark.ray
 
@@ -63,6 +68,19 @@ def test_gradients_reach_their_owners_in_small_buckets(tmp_path: Path) -> None:
         assert errors["loss"] < 1e-5, case
         assert errors["grad_norm"] < 1e-5, case
         assert max(errors[k] for k in ("weight", "ema", "weight_norms", "ema_norms")) < 1e-4, case
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_norm_of_many_gradients_keeps_its_digits() -> None:
+    """At stage 2, of one tensor of five million: float32's sums would be a ten-thousandth off."""
+    size = 5_000_000
+    network = nn.Linear(size, 1, bias=False)
+    config = build({"train": {"zero_stage": 2, "precision": "fp32", "global_batch": 1, "num_workers": 1}})
+    with closing(Engine(network, config.train, torch.device("cpu"))) as engine:
+        x = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+        norm = engine.backward(engine(x).sum())
+    assert norm is not None
+    assert float(norm) == pytest.approx(float(x.double().norm()), rel=1e-6)
 
 
 @pytest.mark.gpu
