@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 import os
 import platform
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from json import dumps
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 import ray
 
 from dico_ray import cluster, ingest
+from dico_ray.bench.folders import bench_folder
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.order import SampleOrder
 from dico_ray.data.shards import MANIFEST, Manifest, Shard, sample_bytes, write_shard
@@ -49,7 +49,7 @@ def main(config: Config, *, verbose: bool, samples: int, folder: str, rivals: bo
     samples: how many. folder: where to make them (kept, used again); unset: a temporary folder. rivals: also
     time the other readers. json: a file for the figures. Raises ConfigError for a folder that holds another set.
     """
-    with _folder(folder) as place:
+    with bench_folder(folder) as place:
         storage = Storage(place)
         manifest = synthetic(
             storage, samples, config.model.in_channels, config.model.latent_size, config.model.num_classes
@@ -64,15 +64,6 @@ def main(config: Config, *, verbose: bool, samples: int, folder: str, rivals: bo
     if json:
         folder, name = os.path.split(os.path.abspath(json))
         Storage(folder).write(name, dumps(figures, indent=1).encode())
-
-
-@contextmanager
-def _folder(folder: str) -> Iterator[str]:
-    if folder:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="dico-ray-bench-") as temporary:
-        yield temporary
 
 
 def synthetic(storage: Storage, samples: int, channels: int, side: int, classes: int) -> Manifest:
