@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import deque
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import fsspec
@@ -122,6 +122,7 @@ def list_files(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     return list(fs.find(root))
 
 
+@cache
 def library_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
     """What the installed libraries raise beside OSError: (transient, for want of credentials)."""
     try:

@@ -182,12 +182,12 @@ def _total(config: Config, urls: dict[str, str]) -> dict[str, measure.Total]:
     return measure.measure(config, judges, sources, parts, dict.fromkeys(urls, 1))
 
 
-def _own_actors() -> list[int]:
+def _own_actors(kind: bytes = b"EvaluateActor") -> list[int]:
     """Process ids of this test's Ray's actors: this process started its raylet, and that the actors."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if path.joinpath("cmdline").read_bytes().startswith(b"ray::EvaluateActor"):
+            if path.joinpath("cmdline").read_bytes().startswith(b"ray::" + kind):
                 raylet = path.joinpath("stat").read_text().rpartition(")")[2].split()[1]
                 if Path(f"/proc/{raylet}/stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid()):
                     found.append(int(path.name))
@@ -229,6 +229,39 @@ def test_killed_actors_and_a_restart_change_nothing(folder: Path, tmp_path: Path
     _assert_same(_total(disturbed, urls), whole)  # as a restarted evaluation: two ranges are done again
     again = [path.stat().st_mtime_ns for path in parts]
     assert [i for i, (one, other) in enumerate(zip(times, again, strict=True)) if one != other] == [3, 5]
+
+
+def test_a_killed_reading_process_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """An actor of four CPUs has two; the pool makes a new actor, with new ones, and the old one's other ends too."""
+    urls = {"images": str(folder / "others"), "reference": str(folder / "real")}
+    fine = {"reference": urls["reference"], "batch_size": 4, "range_size": 4}
+    whole = _total(_config(folder, run={"storage": str(tmp_path / "whole")}, evaluate=fine), urls)
+    killed, done = list[int](), threading.Event()
+
+    def killer() -> None:
+        while not done.wait(0.02) and not killed:
+            if len(list((tmp_path / "disturbed").rglob("*.safetensors"))) > 5:
+                killed.extend(_own_actors(b"_Reader")[:1])
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    config = _config(
+        folder, run={"storage": str(tmp_path / "disturbed")}, evaluate=fine,
+        resources={"actors": 1, "actor_cpus": 4, "threads": 1},
+    )  # fmt: skip
+    try:
+        found = _total(config, urls)
+    finally:
+        done.set()
+        thread.join()
+    assert len(killed) == 1
+    _assert_same(found, whole)
+    until = time.monotonic() + 20
+    while _own_actors(b"_Reader") and time.monotonic() < until:
+        time.sleep(0.1)
+    assert _own_actors(b"_Reader") == []
 
 
 def _assert_same(found: dict[str, measure.Total], whole: dict[str, measure.Total]) -> None:

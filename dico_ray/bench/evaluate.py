@@ -7,8 +7,7 @@ The network is also timed alone, on images that are on the device already and wi
 batches of 50 and in PyTorch's own precision (TF32 convolutions on GPUs), as pytorch-fid and torch-fidelity run it, and
 each way that evaluate.precision and evaluate.compile offer, with how far its features move from fp32's.
 
-Pools of several sizes are timed on a Ray cluster, with actors that have compiled and warmed up. Where files bind, let
-several actors share a GPU (resources.actor_gpus): one process kept 4.6 of 16 CPUs busy with reading.
+Pools of several sizes are timed on a Ray cluster, with actors that have compiled and warmed up.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from dico_ray.bench.network import seconds_of
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.generated import to_png
 from dico_ray.data.image_sets import ImageSet
-from dico_ray.measure import EvaluateActor, Judges, Total, readers
+from dico_ray.measure import EvaluateActor, Judges, Total, few_threads
 from dico_ray.metrics import (
     Inception,
     Moments,
@@ -45,6 +44,7 @@ from dico_ray.metrics import (
     open_network,
     precision_recall,
 )
+from dico_ray.reading import ImageReaders
 from dico_ray.storage import Storage
 
 _RIVAL_BATCH = 64  # torch-fidelity's default
@@ -88,8 +88,7 @@ def main(
         raise ConfigError("--rival true: torch-fidelity's pass is Inception's; take --rival false")
     if rival and folder and not Storage(folder).is_local:
         raise ConfigError(f"--folder {folder}: torch-fidelity reads local files; take --rival false")
-    if sizes:
-        _connect(config, max(sizes), verbose)
+    _connect(config, max(sizes, default=0), verbose)
     with bench_folder(folder) as place:
         source = _write(Storage(place).at(f"{images}-images-of-{size}"), images, size)
         parts = Storage(place).at("parts")
@@ -217,7 +216,7 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
 
     def whole() -> None:
         """Two ranges at a time, as an actor of the pool has them."""
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(2) as threads, few_threads():
             for (start, _), part in zip(work, threads.map(lambda one: actor.work(("images", *one)), work), strict=True):
                 total.add(start, part)
 
@@ -225,9 +224,12 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     batch = source.read(0, min(config.evaluate.batch_size, source.count))
     labels = torch.zeros(len(batch), dtype=torch.int64)
     part = actor.judge("images", batch, labels).cpu()
-    reading, _ = _timed(lambda: _read(source, work, len(batch), config))
+    readers = actor.readers
+    assert readers
+    reading, _ = _timed(lambda: _read(readers, work, len(batch)))
     forward = seconds_of(lambda: actor.judge("images", batch, labels).cpu(), actor.device, _LEAST_SECONDS)
-    statistics = seconds_of(lambda: Total(1, 0).add(0, part), torch.device("cpu"), _LEAST_SECONDS)
+    with few_threads():
+        statistics = seconds_of(lambda: Total(1, 0).add(0, part), torch.device("cpu"), _LEAST_SECONDS)
     scores, _ = _timed(lambda: _scores(total, "cuda" if gpu else "cpu"))
     return {
         "images_per_s": source.count / seconds,
@@ -241,6 +243,8 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
 def _connect(config: Config, actors: int, verbose: bool) -> None:
     """Before anything is timed. Raises ConfigError if there is no room for so many."""
     cluster.connect(verbose)
+    if not actors:
+        return
     gpu = cluster.uses_gpu(config.resources)
     cluster.require_pool(config.resources.model_copy(update={"actors": actors}), gpu)
     options = cluster.actor_options(config.resources, gpu)
@@ -261,21 +265,22 @@ def _pools(config: Config, network: Any, source: ImageSet, parts: Storage, sizes
     for size in sizes:
         total = Total(1, 0)
         began = time.perf_counter()
-        for (_, start, _), part in pool.run(pool.standing(actors[:size]), size, work, ahead=1):
-            total.add(start, part)
+        with few_threads():
+            for (_, start, _), part in pool.run(pool.standing(actors[:size]), size, work, ahead=1):
+                total.add(start, part)
         rates[str(size)] = source.count / (time.perf_counter() - began)
     return rates
 
 
-def _read(source: ImageSet, work: list[pool.Range], batch: int, config: Config) -> None:
-    """All images, two ranges at a time and by as many threads as an actor has for it."""
-    with ThreadPoolExecutor(readers(config)) as threads, ThreadPoolExecutor(2) as both:
+def _read(readers: ImageReaders, work: list[pool.Range], batch: int) -> None:
+    """All images, two ranges at a time, as an actor does."""
 
-        def one(piece: pool.Range) -> None:
-            low, high = piece
-            for _ in source.batches([(low + a, low + b) for a, b in pool.ranges(high - low, batch)], threads):
-                pass
+    def one(piece: pool.Range) -> None:
+        low, high = piece
+        for _ in readers.batches("images", [(low + a, low + b) for a, b in pool.ranges(high - low, batch)]):
+            pass
 
+    with ThreadPoolExecutor(2) as both:
         list(both.map(one, work))
 
 

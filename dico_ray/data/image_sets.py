@@ -27,7 +27,7 @@ _Batch = tuple[int, int, np.ndarray]  # images [start, stop), and where they go
 
 @dataclass(frozen=True)
 class _Task:
-    """Images [start, stop) of a piece, whose first image is `first`, to their places in a batch.
+    """Images [start, stop) of some that are read together, the first of which is `first`, to their places in a batch.
 
     like: the name of the image whose size they have to have. done: what the batch waits for.
     """
@@ -101,17 +101,13 @@ class ImageSet:
             shape = source.shape[1:] if self.image_size is None else (self.image_size, self.image_size, 3)
             batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
             return _in_order(batches, [[threads.submit(self._fill_from_npz, source, batch)] for batch in batches])
-        some = slice(bisect_right(self.ends, cuts[0][0]), bisect_right(self.ends, cuts[-1][1] - 1) + 1)
-        pieces = [
-            (piece, end - len(piece.labels), end)
-            for piece, end in zip(source.pieces[some], self.ends[some], strict=True)
-        ]
-        encoded = self._encoded(pieces[0][0])
-        like = encoded[cuts[0][0] - pieces[0][1]]  # whose size the others have to have
+        reads = self._reads(source, cuts[0][0], cuts[-1][1])
+        encoded = self._encoded(reads[0][0])
+        like = encoded[cuts[0][0] - reads[0][1]]  # whose size the others have to have
         shape = self._pixels(*like).shape
         batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
         waited_for: list[list[Future[None]]] = [[] for _ in batches]
-        for i, (piece, first, end) in enumerate(pieces):
+        for i, (pieces, first, end) in enumerate(reads):
             tasks = []
             for batch, wait in zip(batches, waited_for, strict=True):
                 for low in range(max(first, batch[0]), min(end, batch[1]), _DECODED_AT_ONCE):
@@ -121,15 +117,27 @@ class ImageSet:
                 for task in tasks:
                     threads.submit(self._decode, encoded, task)
             else:
-                threads.submit(self._serve, piece, tasks, threads)
+                threads.submit(self._serve, pieces, tasks, threads)
         return _in_order(batches, waited_for)
 
-    def _serve(self, piece: Piece, tasks: list[_Task], threads: Executor) -> None:
-        """Reads a piece, and has its images decoded by whoever is free."""
+    def _reads(self, source: ImageSource, start: int, stop: int) -> list[tuple[tuple[Piece, ...], int, int]]:
+        """What is read at once for images [start, stop): pieces, small ones together, and which images are in them."""
+        reads: list[tuple[tuple[Piece, ...], int, int]] = []
+        for i in range(bisect_right(self.ends, start), bisect_right(self.ends, stop - 1) + 1):
+            piece, end = source.pieces[i], self.ends[i]
+            first = end - len(piece.labels)
+            if reads and end - reads[-1][1] <= _DECODED_AT_ONCE:
+                reads[-1] = (*reads[-1][0], piece), reads[-1][1], end
+            else:
+                reads.append(((piece,), first, end))
+        return reads
+
+    def _serve(self, pieces: tuple[Piece, ...], tasks: list[_Task], threads: Executor) -> None:
+        """Reads pieces, and has their images decoded by whoever is free."""
         if all(task.done.cancelled() for task in tasks):
             return
         try:
-            encoded = self._encoded(piece)
+            encoded = self._encoded(pieces)
         except Exception as error:  # noqa: BLE001 - it is raised where the images are waited for
             for task in tasks:
                 if task.done.set_running_or_notify_cancel():
@@ -171,9 +179,9 @@ class ImageSet:
         image = load_image(data, name)
         return np.asarray(image) if self.image_size is None else center_crop(image, self.image_size)
 
-    def _encoded(self, piece: Piece) -> list[tuple[str, bytes]]:
+    def _encoded(self, pieces: tuple[Piece, ...]) -> list[tuple[str, bytes]]:
         assert isinstance(self.source, ImageSource)
-        return self.source.read(self.storage, piece)
+        return [image for piece in pieces for image in self.source.read(self.storage, piece)]
 
     def content_hash(self) -> str:
         """xxh3-128 of every image's stored bytes, in order; reads them all."""
@@ -189,7 +197,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def _piece_hash(self, piece: Piece) -> bytes:
-        return b"".join(xxhash.xxh3_128_digest(data) for _, data in self._encoded(piece))
+        return b"".join(xxhash.xxh3_128_digest(data) for _, data in self._encoded((piece,)))
 
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:

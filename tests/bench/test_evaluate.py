@@ -23,6 +23,7 @@ def _bench(config: Config, **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_the_bench_times_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = build({"evaluate": {"batch_size": 4, "range_size": 8}, "resources": {"accelerator": "cpu"}})
     figures = _bench(config, images=16, random=True, rival=True, json=str(tmp_path / "figures.json"))
@@ -76,6 +77,8 @@ def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str
         _bench(config, **arguments)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_another_network_is_timed_alone(tmp_path: Path) -> None:
     config = build({"evaluate": {"features": str(FEATURES)}, "resources": {"accelerator": "cpu"}})
     figures = _bench(config, images=40, json=str(tmp_path / "figures.json"))

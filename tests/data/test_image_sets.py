@@ -138,7 +138,7 @@ def test_what_is_not_begun_is_left_when_its_user_is_done(root: Path) -> None:
         next(batches)
         getattr(batches, "close")()  # noqa: B009
         go_on.set()
-    assert len(decoded) <= 3
+    assert len(decoded) <= 2 + 8  # those are read and decoded at once
 
 
 def test_rows_that_are_gone_are_noticed(tmp_path: Path) -> None:

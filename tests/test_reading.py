@@ -1,0 +1,101 @@
+"""Images read by processes beside an actor: what its own threads would read, and the same errors."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow
+import pytest
+import ray
+import webdataset
+from PIL import Image
+from pyarrow import parquet
+from ray.exceptions import RayActorError
+
+from dico_ray.config import ConfigError
+from dico_ray.data.generated import to_png
+from dico_ray.data.image_sets import ImageSet
+from dico_ray.data.images import ImageError
+from dico_ray.reading import ImageReaders
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+PIXELS = np.random.default_rng(0).integers(0, 256, (90, 6, 6, 3), dtype=np.uint8)
+NAMES = ("flat", "tars", "tables", "adm.npz")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageSet]:
+    root = tmp_path_factory.mktemp("reading")
+    for name in ("flat", "tars", "tables"):
+        (root / name).mkdir()
+    encoded = [to_png(image) for image in PIXELS]
+    with webdataset.TarWriter(str(root / "tars" / "0.tar")) as writer:
+        for i, data in enumerate(encoded):
+            (root / "flat" / f"{i:04d}.png").write_bytes(data)
+            writer.write({"__key__": f"{i:05d}", "png": data, "cls": 0})
+    parquet.write_table(pyarrow.table({"image": encoded, "label": [0] * 90}), root / "tables" / "0.parquet")
+    np.savez(root / "adm.npz", PIXELS)
+    return {name: ImageSet.scan(str(root / name), "evaluate.images") for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def readers(sets: dict[str, ImageSet], local_ray: None) -> ImageReaders:
+    """Of an actor with 4 CPUs, and so by two processes."""
+    return ImageReaders(sets, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_read_what_threads_do_in_order(sets: dict[str, ImageSet], readers: ImageReaders, name: str) -> None:
+    cuts = [(5, 20), (20, 21), (21, 60), (60, 90)]
+    for found in (readers.batches(name, cuts), ImageReaders(sets, 1.9).batches(name, cuts)):
+        for (start, stop), pixels in zip(cuts, found, strict=True):
+            assert pixels.dtype == np.uint8
+            assert np.array_equal(pixels, PIXELS[start:stop])
+
+
+def test_several_threads_may_ask(readers: ImageReaders) -> None:
+    def read(start: int) -> list[np.ndarray]:
+        return list(readers.batches("flat", [(start, start + 5), (start + 5, start + 10)]))
+
+    with ThreadPoolExecutor(3) as threads:
+        found = [batch for batches in threads.map(read, range(0, 90, 10)) for batch in batches]
+    assert np.array_equal(np.concatenate(found), PIXELS)
+
+
+def test_they_read_elsewhere_and_use_what_their_maker_has(readers: ImageReaders) -> None:
+    list(readers.batches("flat", [(0, 1), (1, 2)]))
+    assert len(_processes()) == 2
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_a_bad_image_ends_the_batches_where_it_lies(tmp_path: Path, cpus: float) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i])[: 60 if i == 25 else None])
+    found = ImageReaders({"x": ImageSet.scan(str(tmp_path), "x")}, cpus).batches("x", [(0, 20), (20, 40)])
+    assert np.array_equal(next(found), PIXELS[:20])
+    with pytest.raises(ImageError, match=r"^0025\.png: ") as caught:
+        next(found)
+    assert len(str(caught.value).splitlines()) == 1
+    Image.new("RGB", (9, 6)).save(tmp_path / "0025.png")
+    again = ImageReaders({"x": ImageSet.scan(str(tmp_path), "evaluate.images")}, cpus).batches("x", [(20, 40)])
+    with pytest.raises(ConfigError, match=r"^evaluate.images: 0025.png is 9x6 pixels, 0020.png 6x6; set evaluate.im"):
+        next(again)
+
+
+def _processes() -> set[psutil.Process]:
+    return {one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Reader")}
+
+
+def test_a_reader_that_died_is_told(sets: dict[str, ImageSet]) -> None:
+    """The pool takes it for its actor's death, and gives the images to another."""
+    before = _processes()
+    readers = ImageReaders(sets, 2)
+    list(readers.batches("flat", [(0, 1)]))
+    (process,) = _processes() - before
+    process.kill()
+    with pytest.raises(RayActorError):
+        list(readers.batches("flat", [(0, 1)]))
