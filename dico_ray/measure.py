@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,11 @@ class EvaluateActor:
             self._network.compile(dynamic=False)
         self._classifier = judges.classifier.to(self.device) if judges.classifier else None
         self._sampler = sampler
-        stored = {which: source for which, source in sources.items() if isinstance(source, ImageSet)}
-        self.readers = ImageReaders(stored, config.resources.actor_cpus, self._room) if stored else None
+        stored = any(isinstance(source, ImageSet) for source in sources.values())
+        self.readers = ImageReaders(config.resources.actor_cpus, partial(_room, gpu)) if stored else None
         self._device_is_free = threading.Lock()
+        if self.readers:
+            self.readers.wait()
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
@@ -158,23 +161,19 @@ class EvaluateActor:
         if isinstance(source, Made):
             batches = self._generated(source, start, stop)
         else:
-            batches = self._read(which, source, start, stop)
+            batches = self._read(source, start, stop)
         with self._device_is_free:
             found = Part.join([self.judge(which, pixels, labels) for pixels, labels in batches])
         part = found.cpu()  # once a range, so that the device's next batch is there before one is finished
         self._parts[which].write(part_name(start, stop), part.to_bytes())
         return part
 
-    def _read(self, which: str, source: ImageSet, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def _read(self, source: ImageSet, start: int, stop: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Batches of stored images, which are being read and decoded from now on."""
         assert self.readers
         cuts = [(start + low, start + high) for low, high in self._cuts(stop - start)]
         labels = (torch.tensor(source.labels[low:high]) for low, high in cuts)
-        return zip(self.readers.batches(which, cuts), labels, strict=True)
-
-    def _room(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Pinned, from where it is copied to the device without a wait."""
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._gpu).numpy()
+        return zip(self.readers.batches(source, cuts), labels, strict=True)
 
     def _generated(self, source: Made, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._sampler = self._sampler or SampleActor(source.config, source.checkpoint, self._gpu)
@@ -219,13 +218,20 @@ class EvaluateActor:
             )
 
 
+def _room(pinned: bool, shape: tuple[int, ...]) -> np.ndarray:
+    """For pixels; pinned, from where they are copied to a GPU without a wait."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+
+
 @contextmanager
 def few_threads() -> Iterator[None]:
-    """Sums of statistics by a quarter of this process's threads: all of them would wait for each other on CPUs that
-    decode images (on 16, an evaluation from files fell from 2,500 to 1,300 images/s).
+    """Arithmetic by four threads, or by a quarter of those that this process has.
+
+    All of them would wait for each other on CPUs that decode images: on 16, an evaluation from files fell from 2,500
+    to 1,300 images/s by its sums of statistics.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 4))
+    torch.set_num_threads(max(min(4, threads), threads // 4))
     try:
         yield
     finally:
@@ -295,7 +301,11 @@ def measure(
     actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
-    with Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress, few_threads():
+    reads = any(isinstance(sources[which], ImageSet) for which, *_ in work)
+    with (
+        Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress,
+        few_threads() if reads else nullcontext(),
+    ):
         for (which, start, stop), part in pool.run(
             lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work, ahead=1
         ):

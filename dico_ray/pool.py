@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from dico_ray.config import UserError
 
@@ -152,7 +152,7 @@ class _Pool:
         _, number = self._running.pop(reference)
         try:
             result = ray.get(reference)
-        except (RayActorError, ObjectLostError) as error:  # lost: its node died with the result
+        except (RayActorError, ObjectLostError, OutOfMemoryError) as error:  # lost: its node died with the result
             self._waiting.appendleft(number)
             if actor not in self._dead:  # what waited at it is nobody's fault
                 self._dead.add(actor)
@@ -174,11 +174,14 @@ class _Pool:
 
     def _died(self, where: str, error: Exception, on_it: int = 0) -> None:
         self._deaths += 1
+        why = (str(error).strip() or type(error).__name__).splitlines()[
+            -1
+        ]  # the death of a process that it had made is told with a trace
         hint = "see that one fits into a node's memory (lower the batch size, or resources.actors)"
         if self._deaths >= _MOST_DEATHS_IN_A_ROW + self._size:
-            raise PoolError(f"{self._deaths} actors died in a row, the last {where}: {error}; {hint}") from error
+            raise PoolError(f"{self._deaths} actors died in a row, the last {where}: {why}; {hint}") from error
         if on_it >= _MOST_DEATHS_ON_A_PIECE:
-            raise PoolError(f"{on_it} actors died {where}: {error}; {hint}") from error
+            raise PoolError(f"{on_it} actors died {where}: {why}; {hint}") from error
 
     def _check_alive(self) -> None:
         """Raises PoolError if for too long no actor has been up."""

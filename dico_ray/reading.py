@@ -7,7 +7,8 @@ on an H100 beside them; 3,460 and 2,480 by processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from typing import Any
@@ -18,62 +19,114 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dico_ray.config import UserError
+from dico_ray.data.archives import NpzImages
 from dico_ray.data.image_sets import THREADS, ImageSet
 
 _CPUS_OF_A_PROCESS = 2
+_READ_AT_ONCE = 32  # images, where they do not lie together in larger pieces
+_AHEAD = 2  # that many for each process, of each range that is being read
 
 
 class ImageReaders:
     """Reads and decodes what an actor judges.
 
     Args:
-        sets: by name.
         cpus: what the actor may use. From 2 on, a process for each 2 of them reads on this node, for which Ray has to
-            be connected; it ends with the process that made it.
-        room: makes the array, of this shape, into which this process's threads decode a batch; unset: NumPy does.
+            be connected; it ends with the process that made it. What needs no decoding, an .npz, is read by threads.
+        room: makes the array, of this shape, into which a batch goes; unset: NumPy does.
     """
 
-    def __init__(
-        self, sets: Mapping[str, ImageSet], cpus: float, room: Callable[[tuple[int, ...]], np.ndarray] | None = None
-    ) -> None:
-        self._sets, self._room = sets, room
-        count = int(cpus) // _CPUS_OF_A_PROCESS
-        self._threads = None if count else ThreadPoolExecutor(max(THREADS, int(cpus)))
-        self._processes = cycle(_start(sets, count))
+    def __init__(self, cpus: float, room: Callable[[tuple[int, ...]], np.ndarray] | None = None) -> None:
+        self._room = room or _room
+        self._threads = ThreadPoolExecutor(max(THREADS, int(cpus)))
+        self._count = int(cpus) // _CPUS_OF_A_PROCESS
+        self._processes = _start(self._count)
+        self._turn = cycle(self._processes)
 
-    def batches(self, which: str, cuts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+    def wait(self) -> None:
+        """Until the processes are up. Raises RayActorError if one cannot start."""
+        if self._processes:  # else Ray need not run
+            ray.get([process.__ray_ready__.remote() for process in self._processes])
+
+    def batches(self, source: ImageSet, cuts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Images [start, stop) of each cut: uint8 (n, H, W, 3), n > 0. They are read and decoded from now on.
 
-        cuts: each begins where the one before ends. Any thread may call it. The arrays of processes are read-only.
+        cuts: each begins where the one before ends. Any thread may call it.
         Raises ImageError for one that cannot be decoded, ConfigError for images of several sizes, RayActorError if a
         process died.
         """
-        if self._threads:
-            return self._sets[which].batches(cuts, self._threads, self._room)
-        found = [next(self._processes).read.remote(which, start, stop) for start, stop in cuts]
-        return (_get(reference) for reference in found)
+        if not self._count or isinstance(source.source, NpzImages):
+            return source.batches(cuts, self._threads, self._room)
+        begun = _Chunks(source, cuts[0][0], cuts[-1][1], self._turn, _AHEAD * self._count)
+        return self._gather(source, cuts, begun)
+
+    def _gather(self, source: ImageSet, cuts: Sequence[tuple[int, int]], chunks: _Chunks) -> Iterator[np.ndarray]:
+        """Batches from chunks, which lie across their bounds."""
+        rest, done = np.empty((0, 0, 0, 3), np.uint8), cuts[0][0]
+        size: tuple[int, ...] | None = None
+        try:
+            for start, stop in cuts:
+                place: np.ndarray | None = None
+                while done < stop:
+                    rest = rest if len(rest) else chunks.next()
+                    size = size or rest.shape[1:]
+                    if rest.shape[1:] != size:  # that of another chunk: threads find, and tell, which images these are
+                        list(source.batches([(cuts[0][0], done + 1)], self._threads))
+                    place = self._room((stop - start, *size)) if place is None else place
+                    some = min(len(rest), stop - done)
+                    place[done - start : done - start + some] = rest[:some]
+                    rest, done = rest[some:], done + some
+                assert place is not None
+                yield place
+        finally:
+            chunks.leave()
+
+
+class _Chunks:
+    """Images [start, stop) of a set, in order, as processes have decoded them; some are read ahead."""
+
+    def __init__(self, source: ImageSet, start: int, stop: int, turn: Iterator[Any], ahead: int) -> None:
+        self._left = deque(source.chunks(start, stop, _READ_AT_ONCE))
+        self._turn, self._ahead = turn, ahead
+        self._asked: deque[Any] = deque()
+        self._ask()
+
+    def _ask(self) -> None:
+        while self._left and len(self._asked) < self._ahead:
+            self._asked.append(next(self._turn).read.remote(*self._left.popleft()))
+
+    def next(self) -> np.ndarray:
+        try:
+            return ray.get(self._asked.popleft())
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        finally:
+            self._ask()
+
+    def leave(self) -> None:
+        """What is not begun stays undone."""
+        for reference in self._asked:
+            ray.cancel(reference)
+        self._left.clear()
+        self._asked.clear()
 
 
 class _Reader:
-    def __init__(self, sets: Mapping[str, ImageSet]) -> None:
-        self._sets, self._threads = sets, ThreadPoolExecutor(THREADS)
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(THREADS)
 
-    def read(self, which: str, start: int, stop: int) -> np.ndarray:
-        return next(self._sets[which].batches([(start, stop)], self._threads))
+    def read(self, part: ImageSet, start: int, stop: int) -> np.ndarray:
+        return next(part.batches([(start, stop)], self._threads))
 
 
-def _start(sets: Mapping[str, ImageSet], count: int) -> list[Any]:
+def _start(count: int) -> list[Any]:
     """Processes on this node, which use what Ray reserved for their maker."""
     if not count:
         return []
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    kind: Any = ray.remote(_Reader).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-    shared = ray.put(sets)
-    return [kind.remote(shared) for _ in range(count)]
+    kind: Any = ray.remote(_Reader).options(num_cpus=0, num_gpus=0, max_concurrency=2, scheduling_strategy=here)
+    return [kind.remote() for _ in range(count)]
 
 
-def _get(reference: Any) -> np.ndarray:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)

@@ -16,7 +16,7 @@ import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from dico_ray import pool
 from dico_ray.config import ConfigError
@@ -82,21 +82,22 @@ def test_a_piece_that_kills_every_actor_ends_the_work(tmp_path: Path, ahead: int
 
 @ray.remote(num_cpus=3)
 class Unreachable:
-    """The first one lives on, but its call fails as if the line to it were cut."""
+    """The first one lives on, but its call fails as if the line to it were cut, or a process of its own killed."""
 
-    def __init__(self, folder: str) -> None:
-        self._cut = Path(folder) / "cut"
+    def __init__(self, folder: str, killed: bool) -> None:
+        self._cut, self._killed = Path(folder) / "cut", killed
 
     def work(self, piece: int) -> int:
         if not self._cut.exists():
             self._cut.touch()
-            raise ActorUnavailableError("the line is cut", None)
+            raise OutOfMemoryError("it was the largest") if self._killed else ActorUnavailableError("it is cut", None)
         return piece
 
 
-def test_an_actor_that_cannot_be_reached_makes_room_for_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_actor_that_cannot_go_on_makes_room_for_the_next(tmp_path: Path, killed: bool) -> None:
     """Four CPUs hold one of them."""
-    done = pool.run(lambda: Unreachable.remote(str(tmp_path)), 1, range(3), start_timeout_s=15)
+    done = pool.run(lambda: Unreachable.remote(str(tmp_path), killed), 1, range(3), start_timeout_s=15)
     assert sorted(done) == [(0, 0), (1, 1), (2, 2)]
 
 

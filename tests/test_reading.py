@@ -42,60 +42,91 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageSet]:
 
 
 @pytest.fixture(scope="module")
-def readers(sets: dict[str, ImageSet], local_ray: None) -> ImageReaders:
+def readers(local_ray: None) -> ImageReaders:
     """Of an actor with 4 CPUs, and so by two processes."""
-    return ImageReaders(sets, 4)
+    readers = ImageReaders(4)
+    readers.wait()
+    return readers
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_processes_read_what_threads_do_in_order(sets: dict[str, ImageSet], readers: ImageReaders, name: str) -> None:
-    cuts = [(5, 20), (20, 21), (21, 60), (60, 90)]
-    for found in (readers.batches(name, cuts), ImageReaders(sets, 1.9).batches(name, cuts)):
-        for (start, stop), pixels in zip(cuts, found, strict=True):
+    """Into arrays of the caller's."""
+    cuts, rooms = [(5, 20), (20, 21), (21, 70), (70, 90)], list[np.ndarray]()
+
+    def room(shape: tuple[int, ...]) -> np.ndarray:
+        rooms.append(np.zeros(shape, np.uint8))
+        return rooms[-1]
+
+    for some in (readers, ImageReaders(1.9), ImageReaders(2, room)):
+        for (start, stop), pixels in zip(cuts, some.batches(sets[name], cuts), strict=True):
             assert pixels.dtype == np.uint8
             assert np.array_equal(pixels, PIXELS[start:stop])
+    assert [len(pixels) for pixels in rooms] == [15, 1, 49, 20]
 
 
-def test_several_threads_may_ask(readers: ImageReaders) -> None:
+def test_several_threads_may_ask(sets: dict[str, ImageSet], readers: ImageReaders) -> None:
     def read(start: int) -> list[np.ndarray]:
-        return list(readers.batches("flat", [(start, start + 5), (start + 5, start + 10)]))
+        return list(readers.batches(sets["flat"], [(start, start + 5), (start + 5, start + 10)]))
 
     with ThreadPoolExecutor(3) as threads:
         found = [batch for batches in threads.map(read, range(0, 90, 10)) for batch in batches]
     assert np.array_equal(np.concatenate(found), PIXELS)
 
 
-def test_they_read_elsewhere_and_use_what_their_maker_has(readers: ImageReaders) -> None:
-    list(readers.batches("flat", [(0, 1), (1, 2)]))
-    assert len(_processes()) == 2
-    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
-
-
-@pytest.mark.parametrize("cpus", [1, 4])
-def test_a_bad_image_ends_the_batches_where_it_lies(tmp_path: Path, cpus: float) -> None:
-    for i in range(40):
-        (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i])[: 60 if i == 25 else None])
-    found = ImageReaders({"x": ImageSet.scan(str(tmp_path), "x")}, cpus).batches("x", [(0, 20), (20, 40)])
-    assert np.array_equal(next(found), PIXELS[:20])
-    with pytest.raises(ImageError, match=r"^0025\.png: ") as caught:
-        next(found)
-    assert len(str(caught.value).splitlines()) == 1
-    Image.new("RGB", (9, 6)).save(tmp_path / "0025.png")
-    again = ImageReaders({"x": ImageSet.scan(str(tmp_path), "evaluate.images")}, cpus).batches("x", [(20, 40)])
-    with pytest.raises(ConfigError, match=r"^evaluate.images: 0025.png is 9x6 pixels, 0020.png 6x6; set evaluate.im"):
-        next(again)
+def test_more_is_read_than_is_read_ahead(tmp_path: Path) -> None:
+    """By one process, of whose parts two are asked for ahead; and a user who leaves has nothing more read."""
+    for i in range(400):
+        (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i % 90]))
+    (tmp_path / "0399.png").write_bytes(b"torn")
+    images, readers = ImageSet.scan(str(tmp_path), "x"), ImageReaders(2)
+    found = np.concatenate(list(readers.batches(images, [(0, 150), (150, 399)])))
+    assert np.array_equal(found, PIXELS[np.arange(399) % 90])
+    left = readers.batches(images, [(0, 20), (20, 400)])
+    assert np.array_equal(next(left), PIXELS[:20])
+    getattr(left, "close")()  # noqa: B009
+    assert np.array_equal(next(readers.batches(images, [(7, 9)])), PIXELS[7:9])
 
 
 def _processes() -> set[psutil.Process]:
     return {one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Reader")}
 
 
+def test_they_read_elsewhere_and_use_what_their_maker_has(sets: dict[str, ImageSet]) -> None:
+    before = _processes()
+    readers = ImageReaders(5)
+    list(readers.batches(sets["flat"], [(0, 90)]))
+    assert len(_processes() - before) == 2
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_a_bad_image_ends_the_batches_where_it_lies(tmp_path: Path, cpus: float) -> None:
+    """Whether images lie together in a part or not: there are 32 in one."""
+    for i in range(80):
+        (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i])[: 60 if i == 75 else None])
+    images, readers = ImageSet.scan(str(tmp_path), "evaluate.images"), ImageReaders(cpus)
+    found = readers.batches(images, [(0, 20), (20, 80)])
+    assert np.array_equal(next(found), PIXELS[:20])
+    with pytest.raises(ImageError, match=r"^0075\.png: ") as caught:
+        next(found)
+    assert len(str(caught.value).splitlines()) == 1
+    for i, first in ((75, 60), (79, 15)):  # the latter alone in its part
+        Image.new("RGB", (9, 6)).save(tmp_path / f"{i:04d}.png")
+        again = readers.batches(images, [(first, i), (i, 80)])
+        with pytest.raises(
+            ConfigError, match=rf"^evaluate.images: 00{i}.png is 9x6 pixels, 00{first}.png 6x6; set evaluate.image_size"
+        ):
+            list(again)
+        (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i]))
+
+
 def test_a_reader_that_died_is_told(sets: dict[str, ImageSet]) -> None:
     """The pool takes it for its actor's death, and gives the images to another."""
     before = _processes()
-    readers = ImageReaders(sets, 2)
-    list(readers.batches("flat", [(0, 1)]))
+    readers = ImageReaders(2)
+    list(readers.batches(sets["flat"], [(0, 1)]))
     (process,) = _processes() - before
     process.kill()
     with pytest.raises(RayActorError):
-        list(readers.batches("flat", [(0, 1)]))
+        list(readers.batches(sets["flat"], [(0, 1)]))

@@ -226,7 +226,7 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     part = actor.judge("images", batch, labels).cpu()
     readers = actor.readers
     assert readers
-    reading, _ = _timed(lambda: _read(readers, work, len(batch)))
+    reading, _ = _timed(lambda: _read(readers, source, work, len(batch)))
     forward = seconds_of(lambda: actor.judge("images", batch, labels).cpu(), actor.device, _LEAST_SECONDS)
     with few_threads():
         statistics = seconds_of(lambda: Total(1, 0).add(0, part), torch.device("cpu"), _LEAST_SECONDS)
@@ -272,12 +272,12 @@ def _pools(config: Config, network: Any, source: ImageSet, parts: Storage, sizes
     return rates
 
 
-def _read(readers: ImageReaders, work: list[pool.Range], batch: int) -> None:
+def _read(readers: ImageReaders, source: ImageSet, work: list[pool.Range], batch: int) -> None:
     """All images, two ranges at a time, as an actor does."""
 
     def one(piece: pool.Range) -> None:
         low, high = piece
-        for _ in readers.batches("images", [(low + a, low + b) for a, b in pool.ranges(high - low, batch)]):
+        for _ in readers.batches(source, [(low + a, low + b) for a, b in pool.ranges(high - low, batch)]):
             pass
 
     with ThreadPoolExecutor(2) as both:

@@ -55,7 +55,7 @@ class Resources(Section):
     actors: int = Field(1, ge=1)
     "Size of the pool that encodes, samples or evaluates."
     actor_cpus: float = Field(1.0, gt=0)
-    "CPUs that Ray reserves for each actor of the pool. `evaluate` decodes stored images by a process for each 2."
+    "CPUs that Ray reserves for each actor of the pool. From 2 on `evaluate` decodes files by a process for each 2."
     actor_gpus: float = Field(1.0, gt=0, le=1)
     "GPUs, or the share of one, that Ray reserves for each actor of the pool where networks run on GPUs."
     threads: int | None = Field(None, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -101,7 +101,8 @@ class ImageSet:
             shape = source.shape[1:] if self.image_size is None else (self.image_size, self.image_size, 3)
             batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
             return _in_order(batches, [[threads.submit(self._fill_from_npz, source, batch)] for batch in batches])
-        reads = self._reads(source, cuts[0][0], cuts[-1][1])
+        # A request to an object store mostly waits: each has a thread to itself.
+        reads = self._reads(source, cuts[0][0], cuts[-1][1], _DECODED_AT_ONCE if self.storage.is_local else 1)
         encoded = self._encoded(reads[0][0])
         like = encoded[cuts[0][0] - reads[0][1]]  # whose size the others have to have
         shape = self._pixels(*like).shape
@@ -120,13 +121,27 @@ class ImageSet:
                 threads.submit(self._serve, pieces, tasks, threads)
         return _in_order(batches, waited_for)
 
-    def _reads(self, source: ImageSource, start: int, stop: int) -> list[tuple[tuple[Piece, ...], int, int]]:
+    def chunks(self, start: int, stop: int, size: int) -> list[tuple[ImageSet, int, int]]:
+        """Images [start, stop), n > 0, in parts for other processes: (a set, its [start, stop)), in order.
+
+        size: images of a part; those of a larger piece, which are read together, are one part. Not of an .npz.
+        """
+        assert isinstance(self.source, ImageSource)
+        parts = []
+        for pieces, first, end in self._reads(self.source, start, stop, size):
+            ends = tuple(accumulate(len(piece.labels) for piece in pieces))
+            source = replace(self.source, pieces=pieces, classes=())
+            part = replace(self, labels=self.labels[first:end], classes=(), source=source, ends=ends)
+            parts.append((part, max(start - first, 0), min(stop, end) - first))
+        return parts
+
+    def _reads(self, source: ImageSource, start: int, stop: int, size: int) -> list[tuple[tuple[Piece, ...], int, int]]:
         """What is read at once for images [start, stop): pieces, small ones together, and which images are in them."""
         reads: list[tuple[tuple[Piece, ...], int, int]] = []
         for i in range(bisect_right(self.ends, start), bisect_right(self.ends, stop - 1) + 1):
             piece, end = source.pieces[i], self.ends[i]
             first = end - len(piece.labels)
-            if reads and end - reads[-1][1] <= _DECODED_AT_ONCE:
+            if reads and end - reads[-1][1] <= size:
                 reads[-1] = (*reads[-1][0], piece), reads[-1][1], end
             else:
                 reads.append(((piece,), first, end))

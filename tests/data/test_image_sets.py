@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import pickle
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -22,6 +24,7 @@ from pyarrow import parquet
 from dico_ray.config import ConfigError
 from dico_ray.data.image_sets import UNKNOWN, ImageSet
 from dico_ray.data.images import ImageError
+from dico_ray.storage import Storage
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 6, 3), dtype=np.uint8)
 LABELS = [i // 60 for i in range(150)]
@@ -139,6 +142,39 @@ def test_what_is_not_begun_is_left_when_its_user_is_done(root: Path) -> None:
         getattr(batches, "close")()  # noqa: B009
         go_on.set()
     assert len(decoded) <= 2 + 8  # those are read and decoded at once
+
+
+@given(st.sampled_from(["classes", "flat", "tars", "tables"]), st.integers(0, 149), st.integers(1, 150), st.data())
+def test_parts_for_other_processes_are_adjoining_and_read_nothing_twice(
+    root: Path, name: str, start: int, size: int, data: st.DataObject
+) -> None:
+    images, stop = ImageSet.scan(str(root / name), "x"), data.draw(st.integers(start + 1, 150))
+    parts = images.chunks(start, stop, size)
+    found = [pickle.loads(pickle.dumps(part)).read(low, high) for part, low, high in parts]  # noqa: S301
+    assert np.array_equal(np.concatenate(found), PIXELS[start:stop])
+    assert all(high - low <= max(size, len(part.source.pieces[0].labels)) for part, low, high in parts)  # pyright: ignore
+    pieces = [piece for part, *_ in parts for piece in part.source.pieces]  # pyright: ignore
+    assert len(set(pieces)) == len(pieces)
+
+
+def test_files_of_an_object_store_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first, whose size the others have to have, by as many threads as there are."""
+    storage, together = Storage("memory://at-once"), threading.Barrier(4)
+    for i in range(5):
+        storage.write(f"{i}.png", _png(PIXELS[i]))
+    images, read = ImageSet.scan(storage.url, "x"), Storage.read
+
+    def watched(self: Storage, name: str, *places: Any) -> bytes:
+        if name != "0.png":
+            together.wait(20)
+        return read(self, name, *places)
+
+    monkeypatch.setattr(Storage, "read", watched)
+    try:
+        assert np.array_equal(images.read(0, 5), PIXELS[:5])
+    finally:
+        for i in range(5):
+            storage.remove(f"{i}.png")
 
 
 def test_rows_that_are_gone_are_noticed(tmp_path: Path) -> None:
