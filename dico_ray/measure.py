@@ -33,6 +33,7 @@ from dico_ray.storage import Storage
 from dico_ray.training.checkpoint import Checkpoint
 
 PARTS = "evaluation-parts"
+RANGES_AT_ONCE = 3  # at an actor: one is judged while another is read, and a third stored and told
 Piece = tuple[str, int, int]
 
 
@@ -155,7 +156,7 @@ class EvaluateActor:
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
-        """Two threads may be in it: while one judges its range, the other reads the next one or stores the last one."""
+        """Several threads may be in it: while one judges its range, others read the next one and store the last one."""
         which, start, stop = piece
         source = self._sources[which]
         if isinstance(source, Made):
@@ -298,16 +299,19 @@ def measure(
         )
     cluster.require_pool(config.resources, gpu)
     networks, images = ray.put(judges), ray.put(sources)
-    actor = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
+    actor = ray.remote(EvaluateActor).options(
+        **cluster.actor_options(config.resources, gpu), max_concurrency=RANGES_AT_ONCE
+    )
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
     reads = any(isinstance(sources[which], ImageSet) for which, *_ in work)
+    ahead = RANGES_AT_ONCE - 1 if reads else 1  # what takes minutes to make is better left to who is free first
     with (
         Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress,
         few_threads() if reads else nullcontext(),
     ):
         for (which, start, stop), part in pool.run(
-            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work, ahead=1
+            lambda: actor.remote(config, networks, images, parts, gpu), config.resources.actors, work, ahead=ahead
         ):
             totals[which].add(start, part)
             finished += stop - start

@@ -34,7 +34,7 @@ from dico_ray.bench.network import seconds_of
 from dico_ray.config import Config, ConfigError
 from dico_ray.data.generated import to_png
 from dico_ray.data.image_sets import ImageSet
-from dico_ray.measure import EvaluateActor, Judges, Total, few_threads
+from dico_ray.measure import RANGES_AT_ONCE, EvaluateActor, Judges, Total, few_threads
 from dico_ray.metrics import (
     Inception,
     Moments,
@@ -215,8 +215,8 @@ def _ours(config: Config, network: Any, source: ImageSet, parts: Storage, gpu: b
     total = Total(1, 0)
 
     def whole() -> None:
-        """Two ranges at a time, as an actor of the pool has them."""
-        with ThreadPoolExecutor(2) as threads, few_threads():
+        """Several ranges at a time, as an actor of the pool has them."""
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as threads, few_threads():
             for (start, _), part in zip(work, threads.map(lambda one: actor.work(("images", *one)), work), strict=True):
                 total.add(start, part)
 
@@ -256,7 +256,9 @@ def _connect(config: Config, actors: int, verbose: bool) -> None:
 def _pools(config: Config, network: Any, source: ImageSet, parts: Storage, sizes: list[int]) -> dict[str, float]:
     """Images/s of pools of actors that stay, each of which has judged one range before."""
     gpu = cluster.uses_gpu(config.resources)
-    kind: Any = ray.remote(EvaluateActor).options(**cluster.actor_options(config.resources, gpu), max_concurrency=2)
+    kind: Any = ray.remote(EvaluateActor).options(
+        **cluster.actor_options(config.resources, gpu), max_concurrency=RANGES_AT_ONCE
+    )
     judges, sources = ray.put(Judges(copy.deepcopy(network).cpu())), ray.put({"images": source})
     actors = [kind.remote(config, judges, sources, {"images": parts}, gpu) for _ in range(max(sizes))]
     work = [("images", *piece) for piece in pool.ranges(source.count, config.evaluate.range_size)]
@@ -266,22 +268,22 @@ def _pools(config: Config, network: Any, source: ImageSet, parts: Storage, sizes
         total = Total(1, 0)
         began = time.perf_counter()
         with few_threads():
-            for (_, start, _), part in pool.run(pool.standing(actors[:size]), size, work, ahead=1):
+            for (_, start, _), part in pool.run(pool.standing(actors[:size]), size, work, ahead=RANGES_AT_ONCE - 1):
                 total.add(start, part)
         rates[str(size)] = source.count / (time.perf_counter() - began)
     return rates
 
 
 def _read(readers: ImageReaders, source: ImageSet, work: list[pool.Range], batch: int) -> None:
-    """All images, two ranges at a time, as an actor does."""
+    """All images, several ranges at a time, as an actor does."""
 
     def one(piece: pool.Range) -> None:
         low, high = piece
         for _ in readers.batches(source, [(low + a, low + b) for a, b in pool.ranges(high - low, batch)]):
             pass
 
-    with ThreadPoolExecutor(2) as both:
-        list(both.map(one, work))
+    with ThreadPoolExecutor(RANGES_AT_ONCE) as threads:
+        list(threads.map(one, work))
 
 
 def _scores(total: Total, device: str) -> None:
