@@ -63,6 +63,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"global_batch": 8, "steps": 200, "checkpoint_every": 50, "warmup_steps": 1, "log_every": 1},
         "sample": {"count": 20, "steps": 2, "batch_size": 10, "grid_rows": 2},
         "evaluate": {"reference": str(root / "digits")},
+        "resources": {"actor_cpus": 2},  # by which images are read in processes of their own
     }
     (root / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
     return root
