@@ -18,9 +18,11 @@ import ray
 
 from dico_ray import cluster, ingest, signed, storage
 from dico_ray.config import ConfigError, StorageSettings
-from dico_ray.data.generated import gaps, image_set
+from dico_ray.data.generated import gaps, image_set, to_png
+from dico_ray.data.image_sets import ImageSet
 from dico_ray.data.reader import Samples, read_chunks
 from dico_ray.data.shards import MANIFEST, Manifest, ShardError
+from dico_ray.reading import ImageReaders
 from dico_ray.settings import build
 from dico_ray.signed import SignedReader
 from dico_ray.storage import Storage, StorageError
@@ -403,3 +405,23 @@ def test_the_stream_is_the_same_over_a_line_that_fails(
     for step, batch in due.items():
         for name, column in batch.items():
             assert found[step][name].tobytes() == column.tobytes(), (step, name)
+
+
+def test_images_are_read_by_processes_over_a_line_that_fails(use: Use, proxy: FaultProxy, library: str) -> None:
+    """File by file, by processes that inherit how the store is reached."""
+    pixels, images = np.random.default_rng(0).integers(0, 256, (80, 6, 6, 3), dtype=np.uint8), folder(f"png-{library}")
+    for i, image in enumerate(pixels):
+        images.write(f"{i:03d}.png", to_png(image))
+    use(endpoint=proxy.endpoint, retry_s=120)  # before Ray starts: its workers inherit it
+    cluster.quiet()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        source, readers = ImageSet.scan(images.url, "evaluate.images"), ImageReaders(4)
+        readers.wait()
+        # A bit that flips on the way, or a body that an answer's head says is shorter, would need a hash to be noticed.
+        proxy.rate, proxy.kinds = 0.3, tuple(kind for kind in FAULTS if kind not in ("flipped", "short"))
+        found = list(readers.batches(source, [(0, 50), (50, 80)]))
+    finally:
+        ray.shutdown()
+    assert proxy.injected.total() >= 10
+    assert np.array_equal(np.concatenate(found), pixels)
