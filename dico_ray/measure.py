@@ -151,8 +151,6 @@ class EvaluateActor:
         stored = any(isinstance(source, ImageSet) for source in sources.values())
         self.readers = ImageReaders(config.resources.actor_cpus, partial(_room, gpu)) if stored else None
         self._device_is_free = threading.Lock()
-        if self.readers:
-            self.readers.wait()
 
     @torch.inference_mode()
     def work(self, piece: Piece) -> Part:
@@ -304,8 +302,8 @@ def measure(
     )
     whole = sum(source.count for source in sources.values())
     finished = whole - sum(stop - start for _, start, stop in work)
-    reads = any(isinstance(sources[which], ImageSet) for which, *_ in work)
-    ahead = RANGES_AT_ONCE - 1 if reads else 1  # what takes minutes to make is better left to who is free first
+    reads, makes = (any(isinstance(sources[which], kind) for which, *_ in work) for kind in (ImageSet, Made))
+    ahead = 1 if makes else RANGES_AT_ONCE - 1  # what takes minutes to make is better left to who is free first
     with (
         Progress("evaluate", whole, "images", finished) if show else nullcontext() as progress,
         few_threads() if reads else nullcontext(),

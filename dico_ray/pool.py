@@ -137,8 +137,10 @@ class _Pool:
         actor = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except RayActorError as error:
-            if error.actor_init_failed:  # its message is a trace that ends with the reason
+        except (RayActorError, OutOfMemoryError) as error:
+            if (
+                isinstance(error, RayActorError) and error.actor_init_failed
+            ):  # its message is a trace that ends with the reason
                 last = str(error).strip().splitlines()[-1]
                 raise PoolError(last.partition("Error: ")[2] or last) from error
             self._died("while it started", error)
@@ -157,8 +159,9 @@ class _Pool:
             if actor not in self._dead:  # what waited at it is nobody's fault
                 self._dead.add(actor)
                 ray.kill(actor)  # one that cannot be reached may be alive, and hold what the next one needs
-                self._deaths_on[first] += 1
-                self._died(f"on {self._work[first]}", error, self._deaths_on[first])
+                blamed = number if isinstance(error, RayTaskError) else first  # it told of a process of its own
+                self._deaths_on[blamed] += 1
+                self._died(f"on {self._work[blamed]}", error, self._deaths_on[blamed])
             return None
         except RayTaskError as error:
             self._free(actor)
@@ -174,9 +177,7 @@ class _Pool:
 
     def _died(self, where: str, error: Exception, on_it: int = 0) -> None:
         self._deaths += 1
-        why = (str(error).strip() or type(error).__name__).splitlines()[
-            -1
-        ]  # the death of a process that it had made is told with a trace
+        why = _why(error)
         hint = "see that one fits into a node's memory (lower the batch size, or resources.actors)"
         if self._deaths >= _MOST_DEATHS_IN_A_ROW + self._size:
             raise PoolError(f"{self._deaths} actors died in a row, the last {where}: {why}; {hint}") from error
@@ -194,3 +195,13 @@ class _Pool:
                 f"free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs; "
                 "lower resources.actor_cpus or resources.actor_gpus, or add nodes"
             )
+
+
+def _why(error: Exception) -> str:
+    """What Ray tells of a death, without the trace or the list of names around it."""
+    error = error.cause if isinstance(error, RayTaskError) else error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OutOfMemoryError):  # what follows is advice on Ray's settings
+        return " ".join(lines[:2])
+    cause = (line for line in lines if line.startswith("The actor is dead because"))
+    return next(cause, lines[-1] if lines else type(error).__name__)

@@ -40,20 +40,14 @@ class ImageReaders:
         self._room = room or _room
         self._threads = ThreadPoolExecutor(max(THREADS, int(cpus)))
         self._count = int(cpus) // _CPUS_OF_A_PROCESS
-        self._processes = _start(self._count)
-        self._turn = cycle(self._processes)
-
-    def wait(self) -> None:
-        """Until the processes are up. Raises RayActorError if one cannot start."""
-        if self._processes:  # else Ray need not run
-            ray.get([process.__ray_ready__.remote() for process in self._processes])
+        self._turn = cycle(_start(self._count))
 
     def batches(self, source: ImageSet, cuts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Images [start, stop) of each cut: uint8 (n, H, W, 3), n > 0. They are read and decoded from now on.
 
         cuts: each begins where the one before ends. Any thread may call it.
-        Raises ImageError for one that cannot be decoded, ConfigError for images of several sizes, RayActorError if a
-        process died.
+        Raises ImageError for one that cannot be decoded, ConfigError for images of several sizes, RayActorError or
+        OutOfMemoryError if a process died.
         """
         if not self._count or isinstance(source.source, NpzImages):
             return source.batches(cuts, self._threads, self._room)

@@ -44,6 +44,8 @@ class Worker:
             os._exit(1)
         if (self._folder / f"always-{piece}").exists():
             os._exit(1)
+        if (self._folder / f"starved-{piece}").exists():
+            raise OutOfMemoryError("a process of its was killed\nthe node has 3 GB\nread this and that")
         if (self._folder / f"wrong-{piece}").exists():
             raise ConfigError(f"piece {piece} is wrong")
         if (self._folder / f"slow-{os.getpid()}").exists():
@@ -76,8 +78,18 @@ def test_pieces_of_dead_actors_are_done_by_others_and_counted_once(tmp_path: Pat
 def test_a_piece_that_kills_every_actor_ends_the_work(tmp_path: Path, ahead: int) -> None:
     """By five deaths, each counted once, whatever waited at the actor."""
     (tmp_path / "always-3").touch()
-    with pytest.raises(pool.PoolError, match="5 actors died (in a row, the last )?on 3"):
+    with pytest.raises(pool.PoolError, match="5 actors died (in a row, the last )?on 3") as caught:
         _run(tmp_path, 1, 8, ahead)
+    assert len(str(caught.value).splitlines()) == 1
+    assert ": The actor is dead because " in str(caught.value)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_who_tells_of_a_process_s_death_tells_at_which_piece(tmp_path: Path, ahead: int) -> None:
+    (tmp_path / "starved-3").touch()
+    with pytest.raises(pool.PoolError, match="5 actors died (in a row, the last )?on 3: ") as caught:
+        _run(tmp_path, 1, 8, ahead)
+    assert ": a process of its was killed the node has 3 GB; see that " in str(caught.value)
 
 
 @ray.remote(num_cpus=3)

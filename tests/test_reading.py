@@ -44,9 +44,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageSet]:
 @pytest.fixture(scope="module")
 def readers(local_ray: None) -> ImageReaders:
     """Of an actor with 4 CPUs, and so by two processes."""
-    readers = ImageReaders(4)
-    readers.wait()
-    return readers
+    return ImageReaders(4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +61,20 @@ def test_processes_read_what_threads_do_in_order(sets: dict[str, ImageSet], read
             assert pixels.dtype == np.uint8
             assert np.array_equal(pixels, PIXELS[start:stop])
     assert [len(pixels) for pixels in rooms] == [15, 1, 49, 20]
+
+
+def test_empty_row_groups_are_passed_over(tmp_path: Path, readers: ImageReaders) -> None:
+    encoded = [to_png(image) for image in PIXELS]
+    for i, rows in enumerate((encoded[:40], [], encoded[40:80], [], encoded[80:])):
+        table = pyarrow.table({"image": pyarrow.array(rows, pyarrow.binary()), "label": pyarrow.array([0] * len(rows))})
+        with parquet.ParquetWriter(tmp_path / f"{i}.parquet", table.schema) as writer:
+            writer.write_table(table)
+            writer.write_table(table.slice(0, 0))
+    images = ImageSet.scan(str(tmp_path), "x")
+    for cuts in ([(0, 90)], [(0, 40), (40, 80)], [(39, 41), (41, 90)], [(80, 90)]):
+        for some in (readers, ImageReaders(1)):
+            found = np.concatenate(list(some.batches(images, cuts)))
+            assert np.array_equal(found, PIXELS[cuts[0][0] : cuts[-1][1]])
 
 
 def test_several_threads_may_ask(sets: dict[str, ImageSet], readers: ImageReaders) -> None:

@@ -417,7 +417,6 @@ def test_images_are_read_by_processes_over_a_line_that_fails(use: Use, proxy: Fa
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         source, readers = ImageSet.scan(images.url, "evaluate.images"), ImageReaders(4)
-        readers.wait()
         # A bit that flips on the way, or a body that an answer's head says is shorter, would need a hash to be noticed.
         proxy.rate, proxy.kinds = 0.3, tuple(kind for kind in FAULTS if kind not in ("flipped", "short"))
         found = list(readers.batches(source, [(0, 50), (50, 80)]))

@@ -141,6 +141,8 @@ class ImageSet:
         for i in range(bisect_right(self.ends, start), bisect_right(self.ends, stop - 1) + 1):
             piece, end = source.pieces[i], self.ends[i]
             first = end - len(piece.labels)
+            if not piece.labels:  # an empty row group
+                continue
             if reads and end - reads[-1][1] <= size:
                 reads[-1] = (*reads[-1][0], piece), reads[-1][1], end
             else:
