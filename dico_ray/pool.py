@@ -138,9 +138,8 @@ class _Pool:
         try:
             ray.get(reference)
         except (RayActorError, OutOfMemoryError) as error:
-            if (
-                isinstance(error, RayActorError) and error.actor_init_failed
-            ):  # its message is a trace that ends with the reason
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                # Its message is a trace that ends with the reason.
                 last = str(error).strip().splitlines()[-1]
                 raise PoolError(last.partition("Error: ")[2] or last) from error
             self._died("while it started", error)

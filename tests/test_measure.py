@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dico_ray.data.image_sets import ImageSet
 from dico_ray.demo import FEATURES, JUDGE
 from dico_ray.demo.digits import load_digits
 from dico_ray.encode import ShardEncoder, ShardPlan
-from dico_ray.measure import EvaluateActor, Judges, Made, Part, range_size, stored_parts
+from dico_ray.measure import EvaluateActor, Judges, Made, Part, few_threads, range_size, stored_parts
 from dico_ray.metrics import Inception, open_classifier, open_network
 from dico_ray.settings import build
 from dico_ray.storage import Storage
@@ -67,6 +68,19 @@ def test_images_are_made_in_whole_batches(digits: ImageSet, batch: int, size: in
     made = Made(config, Checkpoint(Storage("/nowhere"), {}))
     assert range_size(config, made) == size
     assert range_size(config, digits) == 256
+
+
+@pytest.mark.parametrize(("threads", "few"), [(1, 1), (3, 3), (8, 4), (32, 8)])
+def test_sums_leave_processors_to_those_that_decode(threads: int, few: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with suppress(UserError), few_threads():
+            found = torch.get_num_threads()
+            raise UserError("as an evaluation may end")
+        assert (found, torch.get_num_threads()) == (few, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_latents_that_are_not_finite_end_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:

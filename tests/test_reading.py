@@ -87,7 +87,7 @@ def test_several_threads_may_ask(sets: dict[str, ImageSet], readers: ImageReader
 
 
 def test_more_is_read_than_is_read_ahead(tmp_path: Path) -> None:
-    """By one process, of whose parts two are asked for ahead; and a user who leaves has nothing more read."""
+    """By one process, of whose parts two are asked for ahead; it serves the next user when one has left early."""
     for i in range(400):
         (tmp_path / f"{i:04d}.png").write_bytes(to_png(PIXELS[i % 90]))
     (tmp_path / "0399.png").write_bytes(b"torn")

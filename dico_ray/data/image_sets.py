@@ -96,7 +96,7 @@ class ImageSet:
         into which a batch is decoded; unset: NumPy does.
         Raises ImageError for one that cannot be decoded, ConfigError for images of several sizes.
         """
-        source, room = self.source, room or _room
+        source, room = self.source, room or new_pixels
         if isinstance(source, NpzImages):
             shape = source.shape[1:] if self.image_size is None else (self.image_size, self.image_size, 3)
             batches = [(start, stop, room((stop - start, *shape))) for start, stop in cuts]
@@ -217,7 +217,8 @@ class ImageSet:
         return b"".join(xxhash.xxh3_128_digest(data) for _, data in self._encoded((piece,)))
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
+def new_pixels(shape: tuple[int, ...]) -> np.ndarray:
+    """Room for a batch: uint8, not yet set."""
     return np.empty(shape, np.uint8)
 
 
